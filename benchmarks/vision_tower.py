@@ -1,0 +1,314 @@
+"""Speed and memory of the image tower beside timm, transformers and torchvision: one shape, one set of weights.
+
+    python benchmarks/vision_tower.py
+    python benchmarks/vision_tower.py --rounds 3 --precisions bfloat16 --modes forward --no-memory
+
+Every tower is Swin-T with the same random weights; that all four give the same features is checked first. Timed runs
+are interleaved, one tower after the other in every round, so that a busy machine slows all of them alike; the table
+holds medians. Processor time is the second clock, which other processes hardly touch. Memory is measured in a child
+process for each tower: how far the resident set rises above its size before the first run.
+"""
+
+import argparse
+import contextlib
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+import torchvision
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+from transformers import SwinConfig, SwinModel
+
+from transformers_florence import FlorenceVisionConfig, FlorenceVisionModel
+
+OURS = "florence"
+PEERS = ("timm", "transformers", "torchvision")
+TOWERS = (OURS, *PEERS)
+MODES = ("forward", "step")
+# `autocast` keeps float32 weights and computes in bfloat16 where torch thinks it safe, as mixed-precision training does.
+PRECISIONS = ("float32", "bfloat16", "autocast")
+TOLERANCE = 1e-4
+MATRIX_SIDE = 2048
+MEMORY_RUNS = 3
+
+# What a peer calls our `encoder.stages.N.embed` and `encoder.stages.N.layers`.
+STAGE_NAMES: dict[str, Callable[[int], tuple[str, str]]] = {
+    "timm": lambda stage: (f"layers.{stage}.downsample", f"layers.{stage}.blocks"),
+    "transformers": lambda stage: (f"encoder.layers.{stage - 1}.downsample", f"encoder.layers.{stage}.blocks"),
+    "torchvision": lambda stage: (f"features.{2 * stage}", f"features.{2 * stage + 1}"),
+}
+# Other parts of our names and of theirs, replaced from left to right.
+PART_NAMES: dict[str, dict[str, str]] = {
+    "timm": {
+        "embeddings.projection": "patch_embed.proj",
+        "embeddings.norm": "patch_embed.norm",
+        "attention.": "attn.",
+        "out_proj": "proj",
+    },
+    "transformers": {
+        "embeddings.projection": "embeddings.patch_embeddings.projection",
+        "norm1": "layernorm_before",
+        "norm2": "layernorm_after",
+        "out_proj": "o_proj",
+        "relative_position_bias_table": "relative_position_bias.relative_position_bias_table",
+    },
+    "torchvision": {
+        "embeddings.projection": "features.0.0",
+        "embeddings.norm": "features.0.2",
+        "attention.": "attn.",
+        "out_proj": "proj",
+        "mlp.fc1": "mlp.0",
+        "mlp.fc2": "mlp.3",
+    },
+}
+
+
+class TransformersSwin(nn.Module):
+    """transformers' Swin, from pixels to pooled features like the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.swin = SwinModel(SwinConfig(drop_path_rate=0.0))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(batch, 3, height, width) -> (batch, 768)."""
+        return self.swin(pixel_values).pooler_output
+
+
+class FlorenceSwin(nn.Module):
+    """Our tower at Swin-T's shape, from pixels to pooled features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = FlorenceVisionModel(FlorenceVisionConfig(embed_type="patch", drop_path_rate=0.0))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(batch, 3, height, width) -> (batch, 768)."""
+        return self.tower(pixel_values).pooler_output
+
+
+def random_weights(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Weights in our names: none is zero or one, so that no parameter can be lost on the way to a peer."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, tensor in FlorenceSwin().tower.state_dict().items():
+        noise = torch.randn(tensor.shape, generator=generator)
+        if "norm" in name:
+            weights[name] = 0.1 * noise + float(name.endswith("weight"))
+        elif "bias" in name:  # of a projection, or a relative position table
+            weights[name] = 0.1 * noise
+        else:
+            weights[name] = noise * tensor[0].numel() ** -0.5
+    return weights
+
+
+def peer_weights(peer: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Our weights under a peer's names; timm and torchvision hold query, key and value as one matrix."""
+    renamed = {}
+    for name, tensor in weights.items():
+        if peer != "transformers":
+            if ".k_proj." in name or ".v_proj." in name:
+                continue
+            if ".q_proj." in name:
+                tensor = torch.cat([weights[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
+                name = name.replace("q_proj", "qkv")
+        elif name.startswith("norm."):
+            name = name.replace("norm.", "layernorm.")
+        if name.startswith("encoder.stages."):
+            _, _, stage, part, rest = name.split(".", 4)
+            embed, layers = STAGE_NAMES[peer](int(stage))
+            name = f"{embed if part == 'embed' else layers}.{rest}"
+        for old, new in PART_NAMES[peer].items():
+            name = name.replace(old, new)
+        renamed[name] = tensor
+    return renamed
+
+
+def build_tower(name: str, weights: dict[str, torch.Tensor]) -> nn.Module:
+    """One of `TOWERS` with these weights (in our names): a module from pixels to (batch, 768), in evaluation mode.
+
+    Raises:
+        ValueError: a parameter got no weight, or a weight found no parameter.
+    """
+    if name == OURS:
+        tower: nn.Module = FlorenceSwin()
+        tower.tower.load_state_dict(weights)
+        return tower.eval()
+    if name == "timm":
+        tower = target = timm.create_model("swin_tiny_patch4_window7_224", num_classes=0, drop_path_rate=0.0)
+    elif name == "transformers":
+        tower = TransformersSwin()
+        target = tower.swin
+    else:
+        tower = target = torchvision.models.SwinTransformer(
+            patch_size=[4, 4],
+            embed_dim=96,
+            depths=[2, 2, 6, 2],
+            num_heads=[3, 6, 12, 24],
+            window_size=[7, 7],
+            stochastic_depth_prob=0.0,
+        )
+        target.head = nn.Identity()
+    keys = target.load_state_dict(peer_weights(name, weights), strict=False)
+    missing = [key for key in keys.missing_keys if not key.endswith("relative_position_index")]  # made from the shape
+    if missing or keys.unexpected_keys:
+        raise ValueError(f"expected every weight of {name}, got {missing=} and {keys.unexpected_keys=}")
+    return tower.eval()
+
+
+def check_equal(towers: dict[str, nn.Module], pixel_values: torch.Tensor) -> float:
+    """Largest absolute difference between our features and a peer's.
+
+    Raises:
+        ValueError: it is above `TOLERANCE`.
+    """
+    with torch.inference_mode():
+        features = {name: tower(pixel_values) for name, tower in towers.items()}
+    worst = max((features[peer] - features[OURS]).abs().max().item() for peer in towers)
+    if not worst < TOLERANCE:
+        raise ValueError(f"expected equal features within {TOLERANCE}, got a difference of {worst}")
+    return worst
+
+
+def make_run(tower: nn.Module, mode: str, precision: str, pixel_values: torch.Tensor) -> Callable[[], None]:
+    """A function that runs the tower once: a forward without gradients, or a whole training step with AdamW."""
+    tower = tower.to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    pixel_values = pixel_values.to(next(tower.parameters()).dtype)
+
+    def compute() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16) if precision == "autocast" else contextlib.nullcontext():
+            return tower(pixel_values)
+
+    if mode == "forward":
+        return torch.inference_mode()(compute)
+
+    tower.train()
+    optimizer = torch.optim.AdamW(tower.parameters(), lr=1e-5, fused=True)
+    target = torch.randn(len(pixel_values), 768, generator=torch.Generator().manual_seed(1))
+
+    def step() -> None:
+        loss = (compute().float() - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def matrix_product(precision: str) -> Callable[[], None]:
+    """A function that multiplies two large matrices: what the machine does at best."""
+    dtype = torch.float32 if precision == "float32" else torch.bfloat16
+    left, right = torch.randn(2, MATRIX_SIDE, MATRIX_SIDE).to(dtype)
+    return lambda: left @ right
+
+
+@dataclass
+class Clock:
+    """Median seconds of one run."""
+
+    wall: float
+    processor: float
+
+
+def interleave(runs: dict[str, Callable[[], None]], rounds: int, label: str) -> dict[str, Clock]:
+    """Time all runs in turns, after one round that does not count; each round starts with another one."""
+    names = list(runs)
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    for index in tqdm(range(rounds + 1), desc=label, leave=False):
+        for name in names[index % len(names) :] + names[: index % len(names)]:
+            wall, processor = time.perf_counter(), time.process_time()
+            runs[name]()
+            seconds[name].append((time.perf_counter() - wall, time.process_time() - processor))
+    return {name: Clock(*map(statistics.median, zip(*values[1:], strict=True))) for name, values in seconds.items()}
+
+
+def resident_bytes(field: str) -> int:
+    """`VmRSS` (resident now) or `VmHWM` (its highest since the last reset) of this process. Linux only."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"expected {field} in /proc/self/status")
+
+
+def measure_memory(tower: str, mode: str, precision: str, pixel_values: torch.Tensor) -> int:
+    """Bytes by which a few runs raise this process's resident set; for a process that has done nothing else."""
+    run = make_run(build_tower(tower, random_weights()), mode, precision, pixel_values)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the high-water mark of the construction
+    before = resident_bytes("VmRSS")
+    for _ in range(MEMORY_RUNS):
+        run()
+    return resident_bytes("VmHWM") - before
+
+
+def measure_memory_in_child(tower: str, mode: str, precision: str, options: argparse.Namespace) -> float:
+    """`measure_memory` in a fresh process, in MiB; NaN where the system has no `/proc`."""
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        return float("nan")
+    command = [sys.executable, __file__, "--memory-of", tower, "--modes", mode, "--precisions", precision]
+    command += [f"--batch={options.batch}", f"--size={options.size}", f"--threads={options.threads}"]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) / 2**20
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=8, help="pictures in a batch")
+    parser.add_argument("--size", type=int, default=224, help="side of the pictures in pixels")
+    parser.add_argument("--rounds", type=int, default=7, help="timed runs of each tower")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
+    parser.add_argument("--towers", nargs="+", choices=TOWERS, default=TOWERS)
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory too")
+    parser.add_argument("--memory-of", choices=TOWERS, help="print the memory of one tower in bytes, nothing else")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
+    torch.set_num_threads(options.threads)
+    pixel_values = torch.randn(
+        options.batch, 3, options.size, options.size, generator=torch.Generator().manual_seed(0)
+    )
+    if options.memory_of:
+        print(measure_memory(options.memory_of, options.modes[0], options.precisions[0], pixel_values))
+        return
+
+    weights = random_weights()
+    towers = {name: build_tower(name, weights) for name in options.towers}
+    print(f"Largest difference between the features of the towers: {check_equal(towers, pixel_values[:2]):.1e}")
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        towers[OURS](pixel_values[:1])
+    flops = counter.get_total_flops() * options.batch
+    print(f"{flops / options.batch / 1e9:.2f} GFLOP a picture and forward, {options.threads} threads.\n")
+    print("| | tower | ms a picture | processor ms | times the best peer | processor | peak MiB | matrix rate |")
+    print("|---|---|---|---|---|---|---|---|")
+    for precision in options.precisions:
+        for mode in options.modes:
+            runs = {name: make_run(build_tower(name, weights), mode, precision, pixel_values) for name in towers}
+            label = f"{precision} {mode}"
+            clocks = interleave({"matmul": matrix_product(precision), **runs}, options.rounds, label)
+            rate = 2 * MATRIX_SIDE**3 / clocks["matmul"].wall
+            peers = [clocks[name] for name in towers if name != OURS] or [clocks[OURS]]
+            for name in towers:
+                clock = clocks[name]
+                memory = measure_memory_in_child(name, mode, precision, options) if options.memory else float("nan")
+                share = flops * (1 if mode == "forward" else 3) / clock.wall / rate  # backward is two forwards
+                print(
+                    f"| {label} | {name} | {clock.wall / options.batch * 1e3:.1f} "
+                    f"| {clock.processor / options.batch * 1e3:.1f} "
+                    f"| {min(peer.wall for peer in peers) / clock.wall:.2f} "
+                    f"| {min(peer.processor for peer in peers) / clock.processor:.2f} | {memory:.0f} | {share:.0%} |"
+                )
+
+
+if __name__ == "__main__":
+    main()

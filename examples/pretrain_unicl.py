@@ -1,0 +1,278 @@
+"""Pretrain a Florence dual encoder on a picture corpus with UniCL's label-aware contrastive loss.
+
+    python examples/build_picture_corpus.py --permissive --out corpus
+    python examples/pretrain_unicl.py --config examples/configs/florence_nano.yaml --corpus corpus
+
+Every field of `PretrainArguments` is an option of the command line and a key of the YAML file; the command line wins.
+An interrupted run goes on from its last checkpoint when the same command is given again; every random choice of step
+n depends on the seed and on n alone, so it ends as if it had not been interrupted.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
+
+from transformers_florence import (
+    FlorenceConfig,
+    FlorenceImageProcessor,
+    FlorenceModel,
+    FlorenceProcessor,
+    FlorenceTextConfig,
+    FlorenceTokenizer,
+)
+from transformers_florence.data.augmentation import BatchAugmentation
+from transformers_florence.data.picture_corpus import PictureCorpus, load_split
+from transformers_florence.data.prompts import DRAWING_TEMPLATES
+from transformers_florence.evaluation.zero_shot import build_zero_shot_classifier, embed_pixels, top_k_accuracy
+from transformers_florence.training.optimization import parameter_groups
+from transformers_florence.training.precision import Bfloat16Forward, cpu_has_bfloat16
+
+
+@dataclass
+class PretrainArguments:
+    """What a run is made of; two runs with equal arguments on one machine give equal weights."""
+
+    corpus: str = "corpus"
+    output: str = "runs/florence-nano"
+    size: str = "nano"
+    objective: str = "unicl"  # unicl, or clip: every pair its own label
+    steps: int = 4000
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    warmup_steps: int = 200
+    max_grad_norm: float = 1.0
+    augmentation_ramp: float = 0.3  # part of the run over which augmentation grows to full strength
+    category_batches: float = 0.1  # part of the batches whose texts and labels are categories
+    stored_size: int = 80  # side of the pictures in memory, pixels
+    context_length: int = 24  # tokens
+    precision: str = "auto"  # auto: bfloat16 where the processor has it; float32; bfloat16
+    log_every: int = 20
+    eval_every: int = 500
+    save_every: int = 250
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.objective not in ("unicl", "clip"):
+            raise ValueError(f"objective: expected 'unicl' or 'clip', got {self.objective!r}")
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"precision: expected 'auto', 'float32' or 'bfloat16', got {self.precision!r}")
+        for name in ("steps", "batch_size", "log_every", "eval_every", "save_every", "stored_size", "context_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+
+def parse_arguments(argv: list[str]) -> PretrainArguments:
+    """Defaults, then the YAML file of `--config`, then the other options."""
+    parser = HfArgumentParser(PretrainArguments)
+    parser.add_argument("--config", help="a YAML file with any of the options")
+    config = parser.parse_known_args(argv)[0].config
+    if config is not None:
+        values = yaml.safe_load(Path(config).read_text())
+        unknown = sorted(set(values) - set(PretrainArguments.__dataclass_fields__))
+        if unknown:
+            raise ValueError(f"{config}: unknown keys {', '.join(unknown)}")
+        parser.set_defaults(**values)
+    options = vars(parser.parse_args(argv))
+    options.pop("config")
+    return PretrainArguments(**options)
+
+
+def training_texts(corpus: PictureCorpus) -> list[str]:
+    """What the vocabulary is learnt from: every text of the training pictures, and the templates."""
+    return [corpus.full_text(row) for row in range(len(corpus))] + corpus.category_names + list(DRAWING_TEMPLATES)
+
+
+def build_processor(arguments: PretrainArguments, corpus: PictureCorpus, config: FlorenceConfig) -> FlorenceProcessor:
+    """A vocabulary learnt from the corpus, and an image processor for the model's size."""
+    text = config.text_config
+    tokenizer = FlorenceTokenizer.train_new(
+        training_texts(corpus), vocab_size=text.vocab_size, model_max_length=text.max_position_embeddings
+    )
+    side = config.vision_config.image_size
+    size = {"height": side, "width": side}
+    image_processor = FlorenceImageProcessor(size=size, do_center_crop=False, crop_size=size)
+    return FlorenceProcessor(image_processor=image_processor, tokenizer=tokenizer)
+
+
+class Batches:
+    """The batch of any step, from the seed and the step's number alone."""
+
+    def __init__(
+        self, arguments: PretrainArguments, corpus: PictureCorpus, processor: FlorenceProcessor, device: torch.device
+    ) -> None:
+        self.arguments, self.corpus, self.tokenizer, self.device = arguments, corpus, processor.tokenizer, device
+        self.augment = BatchAugmentation(size=processor.image_processor.size["height"])
+        image_processor = processor.image_processor
+        self.mean = torch.tensor(image_processor.image_mean, device=device).view(1, 3, 1, 1)
+        self.std = torch.tensor(image_processor.image_std, device=device).view(1, 3, 1, 1)
+        self.with_category = (corpus.categories >= 0).nonzero()[:, 0].numpy()
+        self.per_epoch = len(corpus) // arguments.batch_size
+        if self.per_epoch == 0:
+            raise ValueError(f"expected at least batch_size={arguments.batch_size} pictures, got {len(corpus)}")
+
+    def __call__(self, step: int) -> dict[str, torch.Tensor]:
+        """Model inputs of a step: pixel_values, input_ids, attention_mask, labels."""
+        arguments, corpus = self.arguments, self.corpus
+        rng = np.random.default_rng([arguments.seed, step])
+        by_category = len(self.with_category) > 0 and rng.random() < arguments.category_batches
+        if by_category:
+            rows = rng.choice(self.with_category, size=arguments.batch_size, replace=False)
+            texts = [corpus.draw_category_text(row, DRAWING_TEMPLATES, rng) for row in rows]
+            labels = corpus.categories[rows]
+        else:
+            epoch, position = divmod(step, self.per_epoch)
+            order = np.random.default_rng([arguments.seed, 1 << 32, epoch]).permutation(len(corpus))
+            rows = order[position * arguments.batch_size : (position + 1) * arguments.batch_size]
+            texts = [corpus.draw_text(row, DRAWING_TEMPLATES, rng) for row in rows]
+            labels = corpus.labels[rows]
+        if arguments.objective == "clip":
+            labels = torch.arange(len(rows))
+        strength = min(1.0, 0.2 + 0.8 * step / max(1.0, arguments.augmentation_ramp * arguments.steps))
+        generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
+        pixels = self.augment(corpus.pixels[rows].to(self.device).float() / 255, generator, strength)
+        tokens = self.tokenizer(texts, return_tensors="pt", padding=True, truncation=True).to(self.device)
+        return {
+            "pixel_values": (pixels - self.mean) / self.std,
+            "input_ids": tokens["input_ids"],
+            "attention_mask": tokens["attention_mask"],
+            "labels": labels.to(self.device),
+        }
+
+
+def evaluate(model: FlorenceModel, processor: FlorenceProcessor, corpus: PictureCorpus, names: list[str]) -> dict:
+    """Pictures of a held-out style named among all training names."""
+    model.eval()
+    classifier = build_zero_shot_classifier(model, processor.tokenizer, names, ("{}", "an emoji of {}"))
+    pixels = processor.image_processor(list(corpus.pixels), return_tensors="pt")["pixel_values"]
+    scores = embed_pixels(model, pixels) @ classifier.T
+    column = {name: index for index, name in enumerate(names)}
+    targets = torch.tensor([column[name] for name in corpus.names], device=scores.device)
+    model.train()
+    return {f"top{k}": top_k_accuracy(scores, targets, k) for k in (1, 5)}
+
+
+def last_checkpoint(folder: Path) -> tuple[int, Path | None]:
+    """Step and folder of the newest complete checkpoint; (0, None) if there is none."""
+    found = [path for path in folder.glob("checkpoint-*") if (path / "step.json").is_file()]
+    steps = {json.loads((path / "step.json").read_text())["step"]: path for path in found}
+    return (max(steps), steps[max(steps)]) if steps else (0, None)
+
+
+def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
+    """State of model, optimizer and schedule; older checkpoints go only when this one is complete."""
+    target = folder / f"checkpoint-{step}"
+    accelerator.save_state(str(target))
+    (target / "step.json").write_text(json.dumps({"step": step}))
+    for path in folder.glob("checkpoint-*"):
+        if path != target:
+            for file in sorted(path.rglob("*"), reverse=True):
+                file.rmdir() if file.is_dir() else file.unlink()
+            path.rmdir()
+
+
+def held_out_style(arguments: PretrainArguments, names: list[str]) -> PictureCorpus | None:
+    """The pictures of the held-out style whose names occur in training, if the corpus has such a split."""
+    try:
+        rows = load_split(arguments.corpus, "test_style")
+    except ValueError:
+        return None
+    known = set(names)
+    keep = [index for index, name in enumerate(rows["name"]) if name in known]
+    return PictureCorpus(rows.select(keep), size=arguments.stored_size) if keep else None
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> Iterator[float]:
+    return (group["lr"] for group in optimizer.param_groups)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    output = Path(arguments.output)
+    output.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator()
+    torch.manual_seed(arguments.seed)
+
+    corpus = PictureCorpus(load_split(arguments.corpus, "train"), size=arguments.stored_size)
+    config = FlorenceConfig.from_size(
+        arguments.size,
+        text_config=FlorenceTextConfig.from_size(arguments.size, max_position_embeddings=arguments.context_length),
+    )
+    processor = build_processor(arguments, corpus, config)
+    model = FlorenceModel(config)
+    is_emoji = [source == "emoji" for source in load_split(arguments.corpus, "train")["source"]]
+    names = sorted({name for name, emoji in zip(corpus.names, is_emoji, strict=True) if emoji})
+    style = held_out_style(arguments, names)
+
+    use_bfloat16 = arguments.precision == "bfloat16" or (
+        arguments.precision == "auto" and (accelerator.device.type != "cpu" or cpu_has_bfloat16())
+    )
+    groups = parameter_groups(model, arguments.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.98), fused=True)
+    schedule = get_cosine_schedule_with_warmup(optimizer, arguments.warmup_steps, arguments.steps)
+    wrapped: torch.nn.Module = Bfloat16Forward(model) if use_bfloat16 else model
+    wrapped, optimizer, schedule = accelerator.prepare(wrapped, optimizer, schedule)
+    batches = Batches(arguments, corpus, processor, accelerator.device)
+
+    first, folder = last_checkpoint(output)
+    if folder is not None:
+        accelerator.load_state(str(folder))
+        accelerator.print(f"resumed from {folder} at step {first}")
+    (output / "arguments.json").write_text(json.dumps(asdict(arguments), indent=2))
+    accelerator.print(
+        f"{len(corpus)} pictures, {len(names)} emoji names, {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{batches.per_epoch} steps an epoch, {'bfloat16' if use_bfloat16 else 'float32'} on {accelerator.device}"
+    )
+
+    started, seen = time.monotonic(), 0
+    bar = tqdm(range(first, arguments.steps), initial=first, total=arguments.steps, desc="training", mininterval=10)
+    model.train()
+    for step in bar:
+        torch.manual_seed((arguments.seed << 32) + step)  # drop path's choices depend on the step alone
+        loss = wrapped(**batches(step)).loss
+        if not torch.isfinite(loss):
+            raise RuntimeError(f"step {step}: the loss is {loss.item()}; the last good checkpoint is in {output}")
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(wrapped.parameters(), arguments.max_grad_norm)
+        rate = next(learning_rates(optimizer))
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        seen += arguments.batch_size
+        record: dict = {}
+        if (step + 1) % arguments.log_every == 0:
+            speed = seen / (time.monotonic() - started)
+            record = {
+                "loss": round(loss.item(), 4),
+                "gradient_norm": round(float(norm), 3),
+                "learning_rate": rate,
+                "logit_scale": round(model.logit_scale.exp().item(), 2),
+                "pictures_per_second": round(speed, 1),
+            }
+            bar.set_postfix(loss=record["loss"], speed=f"{speed:.0f}/s", refresh=False)
+        if style is not None and ((step + 1) % arguments.eval_every == 0 or step + 1 == arguments.steps):
+            record |= evaluate(model, processor, style, names)
+        if record and accelerator.is_main_process:
+            with (output / "log.jsonl").open("a") as log:
+                log.write(json.dumps({"step": step + 1, **record}) + "\n")
+        if (step + 1) % arguments.save_every == 0 or step + 1 == arguments.steps:
+            save_checkpoint(accelerator, output, step + 1)
+
+    final = output / "model"
+    accelerator.unwrap_model(model).save_pretrained(final)
+    processor.save_pretrained(final)
+    accelerator.print(f"saved the model to {final}")
+
+
+if __name__ == "__main__":
+    main()

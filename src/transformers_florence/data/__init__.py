@@ -1,0 +1,1 @@
+"""Data for training and evaluation: prompts, pictures with texts and labels, augmentation."""

@@ -1,0 +1,120 @@
+"""Pictures with texts and labels, as Florence's triplets (section 2.1): decoded once, texts drawn anew each time.
+
+Reads what `examples/build_picture_corpus.py` writes, and any other set with the columns `image`, `name` and,
+optionally, `keywords`, `description`, `group`, `subgroup`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from .prompts import fill_template
+
+SPLITS = ("train", "test_style", "test_concept", "test_clipart")
+
+
+def load_split(folder: str | Path, split: str):  # type: ignore[no-untyped-def]
+    """One split of a corpus folder as a `datasets.Dataset`.
+
+    Raises:
+        ValueError: no such folder, or no such split in it.
+    """
+    from datasets import load_dataset
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"expected the folder of a picture corpus, got {str(folder)!r}")
+    try:
+        return load_dataset(str(folder), split=split)
+    except ValueError as error:
+        raise ValueError(f"expected a corpus with the split {split!r} in {str(folder)!r}: {error}") from error
+
+
+def normalize_text(text: str) -> str:
+    """Lower case, single spaces: two descriptions that differ in nothing else are the same description."""
+    return " ".join(text.lower().split())
+
+
+def words_of_path(path: str) -> str:
+    """A category path such as `face-smiling` or `animals/birds` as words, outer category last."""
+    return ", ".join(part.replace("-", " ").replace("_", " ") for part in reversed(path.split("/")) if part)
+
+
+class PictureCorpus:
+    """Rows of a split in memory: pixels as bytes, texts, and the label of each row (its description's number).
+
+    Args:
+        rows: a `datasets.Dataset` with the columns above.
+        size: side of the stored pictures in pixels; they are resized to squares of this size once.
+        progress: whether to show a bar while decoding.
+
+    Attributes:
+        pixels: (rows, 3, size, size), uint8.
+        labels: (rows,), int64: rows whose `name` is the same text have the same number (the paper's hash table).
+        categories: (rows,), int64: the same for the category, -1 where a row has none.
+    """
+
+    def __init__(self, rows, *, size: int, progress: bool = True) -> None:  # type: ignore[no-untyped-def]
+        if len(rows) == 0:
+            raise ValueError("expected a corpus with at least one picture, got none")
+        self.pixels = torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
+        for index, image in enumerate(tqdm(rows["image"], desc="decoding", unit="picture", disable=not progress)):
+            resized = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+            self.pixels[index] = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+        self.names: list[str] = list(rows["name"])
+        self.keywords = self._column(rows, "keywords", [])
+        self.descriptions = self._column(rows, "description", "")
+        paths = self._column(rows, "subgroup", "")
+        groups = self._column(rows, "group", "")
+        self.category_names = [words_of_path(path or group or "") for path, group in zip(paths, groups, strict=True)]
+        self.labels = torch.tensor(number_texts(self.names))
+        numbers = torch.tensor(number_texts(self.category_names))
+        has_category = torch.tensor([bool(name) for name in self.category_names])
+        self.categories = torch.where(has_category, numbers, -1)
+
+    @staticmethod
+    def _column(rows, name: str, default):  # type: ignore[no-untyped-def]
+        values = list(rows[name]) if name in rows.column_names else [None] * len(rows)
+        return [default if value is None else value for value in values]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def full_text(self, row: int) -> str:
+        """Everything that is known of a picture: name, description, keywords."""
+        text = self.names[row]
+        if self.descriptions[row]:
+            text += ". " + self.descriptions[row]
+        if self.keywords[row]:
+            text += ": " + ", ".join(self.keywords[row])
+        return text
+
+    def draw_text(self, row: int, templates: Sequence[str], rng: np.random.Generator) -> str:
+        """A random text of a row: its name in a template, with some keywords, its category, or its description."""
+        name, keywords, choice = self.names[row], self.keywords[row], rng.random()
+        if choice < 0.25 and keywords:
+            count = min(len(keywords), int(rng.integers(1, 5)))
+            picked = rng.choice(len(keywords), size=count, replace=False)
+            return name + ": " + ", ".join(keywords[index] for index in picked)
+        if choice < 0.35 and self.category_names[row]:
+            return f"{name}, {self.category_names[row]}"
+        if choice < 0.5 and self.descriptions[row]:
+            return f"{name}. {self.descriptions[row]}"
+        return fill_template(templates[rng.integers(len(templates))], name)
+
+    def draw_category_text(self, row: int, templates: Sequence[str], rng: np.random.Generator) -> str:
+        """The row's category in a random template."""
+        return fill_template(templates[rng.integers(len(templates))], self.category_names[row])
+
+
+def number_texts(texts: Sequence[str]) -> list[int]:
+    """The paper's hash table: each text's number, equal for texts that are equal after `normalize_text`."""
+    table: dict[str, int] = {}
+    return [table.setdefault(normalize_text(text), len(table)) for text in texts]
+
+
+__all__ = ["SPLITS", "PictureCorpus", "load_split", "normalize_text", "number_texts", "words_of_path"]

@@ -1,0 +1,1 @@
+"""Evaluation of dual encoders: zero-shot classification and retrieval."""

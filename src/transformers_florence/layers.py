@@ -1,0 +1,200 @@
+# Copyright 2026 The transformers_florence authors. Licensed under the Apache License, Version 2.0.
+"""Bricks of the window-attention towers: stochastic depth, feed-forward, token embeddings, window attention."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_florence import FlorenceVisionConfig
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, a sample's whole branch is zero with probability `rate`, else scaled up."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """hidden_states: (batch, ...) -> same shape."""
+        if self.rate == 0.0 or not self.training:
+            return hidden_states
+        keep = 1.0 - self.rate
+        shape = (hidden_states.shape[0],) + (1,) * (hidden_states.ndim - 1)
+        return hidden_states * hidden_states.new_empty(shape).bernoulli_(keep).div_(keep)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with an activation between them."""
+
+    def __init__(self, config: FlorenceVisionConfig, *, dim: int) -> None:
+        super().__init__()
+        hidden_dim = int(dim * config.mlp_ratio)
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """hidden_states: (..., channels) -> same shape."""
+        return self.fc2(self.activation(self.fc1(hidden_states)))
+
+
+class ConvEmbed(nn.Module):
+    """CvT's convolutional token embedding (Florence section 2.3): overlapping convolution, then layer norm.
+
+    The first stage takes pixels (kernel 7, stride 4, padding 2), later ones a grid (kernel 3, stride 2, padding 1).
+    """
+
+    def __init__(self, config: FlorenceVisionConfig, *, in_dim: int, dim: int, first: bool) -> None:
+        super().__init__()
+        kernel, stride, padding = (7, 4, 2) if first else (3, 2, 1)
+        self.first = first
+        self.projection = nn.Conv2d(in_dim, dim, kernel, stride, padding)
+        self.norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Pixels (batch, channels, height, width) if `first`, else a grid (batch, height, width, channels).
+
+        Returns the grid of the stage: ceil(size / 2) on each side, or floor((size - 3) / 4) + 1 for pixels.
+        """
+        if self.first:
+            height, width = hidden_states.shape[2:]
+            # A picture of one or two pixels is smaller than the padded kernel: zeros make it three.
+            if min(height, width) < 3:
+                hidden_states = F.pad(hidden_states, (0, max(0, 3 - width), 0, max(0, 3 - height)))
+        else:
+            hidden_states = hidden_states.permute(0, 3, 1, 2)
+        return self.norm(self.projection(hidden_states).permute(0, 2, 3, 1))  # (batch, height, width, channels)
+
+
+class PatchEmbed(nn.Module):
+    """Swin's patch embedding: each patch of 4 x 4 pixels becomes a token; other sizes are zero-padded to patches."""
+
+    patch_size = 4
+
+    def __init__(self, config: FlorenceVisionConfig, *, in_dim: int, dim: int) -> None:
+        super().__init__()
+        self.projection = nn.Conv2d(in_dim, dim, self.patch_size, self.patch_size)
+        self.norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """pixel_values: (batch, channels, height, width) -> (batch, ceil(height / 4), ceil(width / 4), dim)."""
+        height, width = pixel_values.shape[2:]
+        missing = (0, -width % self.patch_size, 0, -height % self.patch_size)
+        if any(missing):
+            pixel_values = F.pad(pixel_values, missing)
+        return self.norm(self.projection(pixel_values).permute(0, 2, 3, 1))
+
+
+class PatchMerging(nn.Module):
+    """Swin's downsampling: four neighbours are concatenated, normalised and projected to twice the channels."""
+
+    def __init__(self, config: FlorenceVisionConfig, *, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim, eps=config.layer_norm_eps)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(batch, height, width, channels) -> (batch, ceil(height / 2), ceil(width / 2), 2 * channels)."""
+        height, width = hidden_states.shape[1:3]
+        if height % 2 or width % 2:
+            hidden_states = F.pad(hidden_states, (0, 0, 0, width % 2, 0, height % 2))
+        corners = [hidden_states[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
+        return self.reduction(self.norm(torch.cat(corners, dim=-1)))
+
+
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: object,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out, so that its weights can be recorded.
+
+    query, key, value: (batch, heads, tokens, head_dim); attention_mask: additive, broadcastable to
+    (batch, heads, tokens, tokens). Returns (batch, tokens, heads, head_dim) and the weights.
+    """
+    weights = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    # Half precision would lose the small weights: the softmax runs in float32.
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention inside windows, with a learnt bias for each relative position and head (Swin)."""
+
+    is_causal = False
+
+    def __init__(
+        self, config: FlorenceVisionConfig, *, dim: int, num_heads: int, window_size: tuple[int, ...]
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.scaling = self.head_dim**-0.5
+        self.q_proj = nn.Linear(dim, dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(dim, dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(dim, dim, bias=config.qkv_bias)
+        self.out_proj = nn.Linear(dim, dim)
+        rows = 1
+        for side in window_size:
+            rows *= 2 * side - 1
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
+
+    def attention_bias(self, index: torch.Tensor, mask: torch.Tensor | None, num_windows: int) -> torch.Tensor:
+        """Additive bias of position and shift, (1 or num_windows, heads, window_area, window_area).
+
+        index: rows of the table, (window_area, window_area); mask: (windows of a picture, window_area,
+        window_area) or None.
+        """
+        bias = self.relative_position_bias_table[index].permute(2, 0, 1)[None]  # (1, heads, area, area)
+        if mask is None:
+            return bias
+        bias = bias + mask[:, None]  # (windows of a picture, heads, area, area)
+        return bias.repeat(num_windows // bias.shape[0], 1, 1, 1)
+
+    def forward(
+        self, windows: torch.Tensor, index: torch.Tensor, mask: torch.Tensor | None = None, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """windows: (num_windows, window_area, channels) -> same shape, and the weights where they are recorded."""
+        num_windows, area, channels = windows.shape
+        heads_shape = (num_windows, area, self.num_heads, self.head_dim)
+        query = self.q_proj(windows).view(heads_shape).transpose(1, 2)  # (num_windows, heads, area, head_dim)
+        key = self.k_proj(windows).view(heads_shape).transpose(1, 2)
+        value = self.v_proj(windows).view(heads_shape).transpose(1, 2)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            self.attention_bias(index, mask, num_windows).to(query.dtype),
+            scaling=self.scaling,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            **kwargs,
+        )
+        return self.out_proj(output.reshape(num_windows, area, channels)), weights
+
+
+__all__ = [
+    "ConvEmbed",
+    "DropPath",
+    "FeedForward",
+    "PatchEmbed",
+    "PatchMerging",
+    "WindowAttention",
+    "eager_attention",
+]

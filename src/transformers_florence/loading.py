@@ -1,0 +1,142 @@
+# Copyright 2026 The transformers_florence authors. Licensed under the Apache License, Version 2.0.
+"""Loading that refuses what `from_pretrained` forgives, and the checkpoints that lie inside the package."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoProcessor, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from .modeling_florence import FlorenceModel
+
+BUNDLED = Path(__file__).parent / "checkpoints"
+# Under these a dual encoder keeps its parts; a tower passes over the other parts of a dual encoder's checkpoint.
+DUAL_ENCODER_PARTS = ("vision_model.", "text_model.", "visual_projection.", "text_projection.", "logit_scale")
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: one, or those that its index names.
+
+    Raises:
+        ValueError: there are none, or the index is no index, or a file that it names is missing.
+    """
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return [folder / SAFE_WEIGHTS_NAME]
+    if not index.is_file():
+        raise ValueError(f"expected {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME} in {folder}, got neither")
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        files = [folder / name for name in names]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"expected an index of weight files, got {index}, which is corrupt: {error!r}") from error
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
+        raise ValueError(f"expected the weight files that {index} names, but missing are: {', '.join(missing)}")
+    return files
+
+
+def check_weight_files(folder: Path) -> None:
+    """Open every weight file and read its table of contents.
+
+    Raises:
+        ValueError: a file is missing, truncated or no safetensors file; the message names it.
+    """
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, "pt") as weights:
+                weights.keys()
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"expected whole weights, got {file}, which is truncated or corrupt: {error}") from error
+
+
+def load_checkpoint(
+    model_class: type[Model], path: str | os.PathLike, *, new: tuple[str, ...] = (), **kwargs: Any
+) -> Model:
+    """`model_class.from_pretrained(path)`, but every weight must be there, fit, be known and be finite.
+
+    Only safetensors files are read, never pickles.
+
+    Args:
+        model_class: a model class of this package, or one of transformers' Auto classes.
+        path: the folder of a checkpoint on this machine.
+        new: beginnings of the names of weights that the checkpoint may lack, such as `("classifier.",)` for a head
+            that is yet to be trained.
+        kwargs: what `from_pretrained` takes, such as `dtype` and `attn_implementation`.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: no such folder; a weight file or `config.json` that is missing or corrupt; or weights that are
+            missing, unexpected, of another shape, or not finite, all listed in one message.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"expected the folder of a checkpoint, got {str(path)!r}: no such folder")
+    check_weight_files(folder)
+    try:
+        model, info = model_class.from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"expected a checkpoint of {model_class.__name__}, got {folder}: {error}") from error
+    own = () if isinstance(model, FlorenceModel) else (model.base_model_prefix,)
+    foreign = tuple(part for part in DUAL_ENCODER_PARTS if own and not part.startswith(own))
+    complaints = {
+        "missing": [name for name in info["missing_keys"] if not name.startswith(new)],
+        "unexpected": [name for name in info["unexpected_keys"] if not name.startswith(foreign)],
+        "of another shape": [
+            f"{name} (expected {tuple(expected)}, got {tuple(got)})" for name, got, expected in info["mismatched_keys"]
+        ],
+        "not finite": [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()],
+    }
+    found = [f"{kind}: {', '.join(sorted(names))}" for kind, names in complaints.items() if names]
+    if found:
+        raise ValueError(
+            f"expected a whole checkpoint of {model_class.__name__}, got {folder} with weights " + "; ".join(found)
+        )
+    return model
+
+
+def bundled_checkpoint(name: str = "florence-nano") -> str:
+    """The folder of a checkpoint that comes with this package, for `from_pretrained` and `pipeline(model=...)`.
+
+    Raises:
+        ValueError: no checkpoint of this name; the message lists those there are.
+
+    Example:
+        >>> from transformers import AutoProcessor
+        >>> processor = AutoProcessor.from_pretrained(bundled_checkpoint("florence-nano"))
+    """
+    names = sorted(folder.name for folder in BUNDLED.iterdir() if folder.is_dir()) if BUNDLED.is_dir() else []
+    if name not in names:
+        listed = ", ".join(names) or "there is none"
+        raise ValueError(f"expected the name of a bundled checkpoint ({listed}), got {name!r}")
+    return str(BUNDLED / name)
+
+
+def load_bundled(name: str = "florence-nano", **kwargs: Any) -> tuple[FlorenceModel, Any]:
+    """The model, in evaluation mode, and the processor of a checkpoint that comes with this package.
+
+    Args:
+        name: see `bundled_checkpoint`.
+        kwargs: what `FlorenceModel.from_pretrained` takes.
+
+    Raises:
+        ValueError: no checkpoint of this name, or a damaged one.
+
+    Example:
+        >>> model, processor = load_bundled("florence-nano")
+    """
+    folder = bundled_checkpoint(name)
+    return load_checkpoint(FlorenceModel, folder, **kwargs), AutoProcessor.from_pretrained(folder)
+
+
+__all__ = ["bundled_checkpoint", "load_bundled", "load_checkpoint"]

@@ -1,0 +1,1 @@
+"""Mechanisms of training: precision, optimisation."""
