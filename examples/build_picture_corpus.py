@@ -148,7 +148,7 @@ PIXELS_PER_UNIT = {"": 1.0, "px": 1.0, "pt": 1.25, "pc": 15.0, "mm": 90 / 25.4, 
 
 
 def run_client(command: list[str], directory: Path) -> None:
-    """Runs a package client in `directory`. Raises Unavailable with the last line of what it said."""
+    """Runs a package client in `directory`. Raises Unavailable with the first errors that it told."""
     if shutil.which(command[0]) is None:
         raise Unavailable(f"the client {command[0]} is not installed")
     try:
@@ -157,7 +157,8 @@ def run_client(command: list[str], directory: Path) -> None:
         raise Unavailable(f"`{' '.join(command)}` took longer than {error.timeout:.0f} s") from error
     if done.returncode != 0:
         said = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-        raise Unavailable(f"`{' '.join(command)}` failed: {said[-1]}")
+        errors = [line for line in said if "error" in line or line.startswith("E:")] or said[-1:]
+        raise Unavailable(f"`{' '.join(command)}` failed: {'; '.join(errors[:2])}")
 
 
 def fetch(command: list[str], cache: Path, pattern: str) -> Path:
@@ -175,7 +176,7 @@ def fetch(command: list[str], cache: Path, pattern: str) -> Path:
 def fetch_npm(package: str, cache: Path) -> Path:
     """The tarball of an npm package, given as name@version."""
     name, version = package.rsplit("@", 1)
-    command = ["npm", "pack", package, "--silent", "--ignore-scripts"]
+    command = ["npm", "pack", package, "--loglevel=error", "--ignore-scripts"]
     return fetch(command, cache, f"{name.removeprefix('@').replace('/', '-')}-{version}.tgz")
 
 

@@ -5,14 +5,18 @@
 
 Every field of `PretrainArguments` is an option of the command line and a key of the YAML file; the command line wins.
 An interrupted run goes on from its last checkpoint when the same command is given again; every random choice of step
-n depends on the seed and on n alone, so it ends as if it had not been interrupted.
+n depends on the seed and on n alone, so it ends as if it had not been interrupted. More `--steps` make a finished run
+longer; another seed or shape wants another `--output`.
 """
 
+import hashlib
 import json
+import math
+import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +40,9 @@ from transformers_florence.data.prompts import DRAWING_TEMPLATES
 from transformers_florence.evaluation.zero_shot import build_zero_shot_classifier, embed_pixels, top_k_accuracy
 from transformers_florence.training.optimization import parameter_groups
 from transformers_florence.training.precision import Bfloat16Forward, cpu_has_bfloat16
+
+# A checkpoint belongs to these; every other argument may differ when its run goes on.
+FIXED = ("size", "objective", "batch_size", "learning_rate", "weight_decay", "context_length", "seed", "texts")
 
 
 @dataclass
@@ -67,9 +74,20 @@ class PretrainArguments:
             raise ValueError(f"objective: expected 'unicl' or 'clip', got {self.objective!r}")
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"precision: expected 'auto', 'float32' or 'bfloat16', got {self.precision!r}")
-        for name in ("steps", "batch_size", "log_every", "eval_every", "save_every", "stored_size", "context_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        least = {"seed": 0, "warmup_steps": 0}  # of the integers; 1 for the others
+        for field in fields(self):
+            value = getattr(self, field.name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if field.type is int and not (isinstance(value, int) and is_number and value >= least.get(field.name, 1)):
+                raise ValueError(f"{field.name}: expected an integer >= {least.get(field.name, 1)}, got {value!r}")
+            if field.type is float and not (is_number and 0 <= value < math.inf):
+                raise ValueError(f"{field.name}: expected a finite number >= 0, got {value!r}")
+            if field.type is str and not isinstance(value, str):
+                raise ValueError(f"{field.name}: expected a text, got {value!r}")
+        if self.seed >= 1 << 31:
+            raise ValueError(f"seed: expected less than 2 to the power of 31, got {self.seed}")
+        if self.category_batches > 1:
+            raise ValueError(f"category_batches: expected a part from 0 to 1, got {self.category_batches}")
 
 
 def parse_arguments(argv: list[str]) -> PretrainArguments:
@@ -78,8 +96,10 @@ def parse_arguments(argv: list[str]) -> PretrainArguments:
     parser.add_argument("--config", help="a YAML file with any of the options")
     config = parser.parse_known_args(argv)[0].config
     if config is not None:
-        values = yaml.safe_load(Path(config).read_text())
-        unknown = sorted(set(values) - set(PretrainArguments.__dataclass_fields__))
+        values = yaml.safe_load(Path(config).read_text("utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"{config}: expected keys and values, got {values!r}")
+        unknown = sorted(map(str, set(values) - set(PretrainArguments.__dataclass_fields__)))
         if unknown:
             raise ValueError(f"{config}: unknown keys {', '.join(unknown)}")
         parser.set_defaults(**values)
@@ -125,7 +145,7 @@ class Batches:
         """Model inputs of a step: pixel_values, input_ids, attention_mask, labels."""
         arguments, corpus = self.arguments, self.corpus
         rng = np.random.default_rng([arguments.seed, step])
-        by_category = len(self.with_category) > 0 and rng.random() < arguments.category_batches
+        by_category = len(self.with_category) >= arguments.batch_size and rng.random() < arguments.category_batches
         if by_category:
             rows = rng.choice(self.with_category, size=arguments.batch_size, replace=False)
             texts = [corpus.draw_category_text(row, DRAWING_TEMPLATES, rng) for row in rows]
@@ -159,7 +179,7 @@ def evaluate(model: FlorenceModel, processor: FlorenceProcessor, corpus: Picture
     column = {name: index for index, name in enumerate(names)}
     targets = torch.tensor([column[name] for name in corpus.names], device=scores.device)
     model.train()
-    return {f"top{k}": top_k_accuracy(scores, targets, k) for k in (1, 5)}
+    return {f"top{k}": top_k_accuracy(scores, targets, min(k, len(names))) for k in (1, 5)}
 
 
 def last_checkpoint(folder: Path) -> tuple[int, Path | None]:
@@ -170,15 +190,44 @@ def last_checkpoint(folder: Path) -> tuple[int, Path | None]:
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
-    """State of model, optimizer and schedule; older checkpoints go only when this one is complete."""
+    """State of model, optimizer and schedule; older checkpoints go only when this one is complete.
+
+    `step.json` is the first file to go and the last to come, and comes at once: killed at any moment, what has it is
+    complete.
+    """
     target = folder / f"checkpoint-{step}"
+    (target / "step.json").unlink(missing_ok=True)
     accelerator.save_state(str(target))
-    (target / "step.json").write_text(json.dumps({"step": step}))
+    (target / "step.partial").write_text(json.dumps({"step": step}))
+    (target / "step.partial").replace(target / "step.json")
     for path in folder.glob("checkpoint-*"):
-        if path != target:
-            for file in sorted(path.rglob("*"), reverse=True):
-                file.rmdir() if file.is_dir() else file.unlink()
-            path.rmdir()
+        if path != target and path.is_dir():
+            (path / "step.json").unlink(missing_ok=True)
+            shutil.rmtree(path)
+
+
+def check_same_run(output: Path, record: dict, first: int) -> None:
+    """Refuse to go on with a run that was another one.
+
+    Raises:
+        ValueError: an argument of `FIXED`, or the texts that the vocabulary is learnt from, are not those of the run
+            in `output`, or it has taken more steps than are asked for.
+    """
+    file = output / "arguments.json"
+    before = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    changed = [name for name in FIXED if name in before and before[name] != record[name]]
+    if changed:
+        got = ", ".join(f"{name} {before[name]!r} there and {record[name]!r} now" for name in changed)
+        raise ValueError(f"{output} holds another run: expected equal arguments or another output, got {got}")
+    if first > record["steps"]:
+        raise ValueError(f"steps: {output} has taken {first}, expected as many or more, got {record['steps']}")
+
+
+def drop_log_after(log: Path, step: int) -> None:
+    """Forget what an interrupted run logged after its last checkpoint: those steps are taken again."""
+    if log.is_file():
+        lines = log.read_text("utf-8").splitlines(keepends=True)
+        log.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), "utf-8")
 
 
 def held_out_style(arguments: PretrainArguments, names: list[str]) -> PictureCorpus | None:
@@ -200,18 +249,23 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator()
+    accelerator = Accelerator(mixed_precision="no")  # whatever Accelerate's own settings say: `precision` decides
+    if accelerator.num_processes > 1:
+        raise ValueError(
+            f"expected one process, got {accelerator.num_processes}: they would all take the same batches"
+        )
     torch.manual_seed(arguments.seed)
 
-    corpus = PictureCorpus(load_split(arguments.corpus, "train"), size=arguments.stored_size)
+    rows = load_split(arguments.corpus, "train")
+    corpus = PictureCorpus(rows, size=arguments.stored_size)
     config = FlorenceConfig.from_size(
         arguments.size,
         text_config=FlorenceTextConfig.from_size(arguments.size, max_position_embeddings=arguments.context_length),
     )
     processor = build_processor(arguments, corpus, config)
     model = FlorenceModel(config)
-    is_emoji = [source == "emoji" for source in load_split(arguments.corpus, "train")["source"]]
-    names = sorted({name for name, emoji in zip(corpus.names, is_emoji, strict=True) if emoji})
+    sources = rows["source"] if "source" in rows.column_names else ["emoji"] * len(corpus)
+    names = sorted({name for name, source in zip(corpus.names, sources, strict=True) if source == "emoji"})
     style = held_out_style(arguments, names)
 
     use_bfloat16 = arguments.precision == "bfloat16" or (
@@ -224,13 +278,17 @@ def main(argv: list[str] | None = None) -> None:
     wrapped, optimizer, schedule = accelerator.prepare(wrapped, optimizer, schedule)
     batches = Batches(arguments, corpus, processor, accelerator.device)
 
+    digest = hashlib.sha256("\n".join(training_texts(corpus)).encode()).hexdigest()
+    record = {**asdict(arguments), "texts": digest}
     first, folder = last_checkpoint(output)
     if folder is not None:
+        check_same_run(output, record, first)
         accelerator.load_state(str(folder))
         accelerator.print(f"resumed from {folder} at step {first}")
-    (output / "arguments.json").write_text(json.dumps(asdict(arguments), indent=2))
+    drop_log_after(output / "log.jsonl", first)
+    (output / "arguments.json").write_text(json.dumps(record, indent=2), "utf-8")
     accelerator.print(
-        f"{len(corpus)} pictures, {len(names)} emoji names, {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{len(corpus)} pictures, {len(names)} names, {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{batches.per_epoch} steps an epoch, {'bfloat16' if use_bfloat16 else 'float32'} on {accelerator.device}"
     )
 
@@ -240,31 +298,32 @@ def main(argv: list[str] | None = None) -> None:
     for step in bar:
         torch.manual_seed((arguments.seed << 32) + step)  # drop path's choices depend on the step alone
         loss = wrapped(**batches(step)).loss
-        if not torch.isfinite(loss):
-            raise RuntimeError(f"step {step}: the loss is {loss.item()}; the last good checkpoint is in {output}")
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(wrapped.parameters(), arguments.max_grad_norm)
+        if not (torch.isfinite(loss) and torch.isfinite(norm)):
+            found = f"the loss is {loss.item()}, the gradient's norm {float(norm)}"
+            raise RuntimeError(f"step {step}: {found}; the last good checkpoint is in {output}")
         rate = next(learning_rates(optimizer))
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         seen += arguments.batch_size
-        record: dict = {}
+        entry: dict = {}
         if (step + 1) % arguments.log_every == 0:
             speed = seen / (time.monotonic() - started)
-            record = {
+            entry = {
                 "loss": round(loss.item(), 4),
                 "gradient_norm": round(float(norm), 3),
                 "learning_rate": rate,
                 "logit_scale": round(model.logit_scale.exp().item(), 2),
                 "pictures_per_second": round(speed, 1),
             }
-            bar.set_postfix(loss=record["loss"], speed=f"{speed:.0f}/s", refresh=False)
+            bar.set_postfix(loss=entry["loss"], speed=f"{speed:.0f}/s", refresh=False)
         if style is not None and ((step + 1) % arguments.eval_every == 0 or step + 1 == arguments.steps):
-            record |= evaluate(model, processor, style, names)
-        if record and accelerator.is_main_process:
-            with (output / "log.jsonl").open("a") as log:
-                log.write(json.dumps({"step": step + 1, **record}) + "\n")
+            entry |= evaluate(model, processor, style, names)
+        if entry:
+            with (output / "log.jsonl").open("a", encoding="utf-8") as log:
+                log.write(json.dumps({"step": step + 1, **entry}) + "\n")
         if (step + 1) % arguments.save_every == 0 or step + 1 == arguments.steps:
             save_checkpoint(accelerator, output, step + 1)
 

@@ -258,7 +258,8 @@ def test_pictures_are_drawn_whole_on_white(cache: Path, tmp_path: Path) -> None:
     drawing = rows["Apple 7openclipart"]  # its page cut away
     assert [drawing.getpixel(corner) for corner in ((1, 1), (30, 30))] == [(0, 7, 0), (0, 7, 0)]
     disc = rows["A disc.tuxpaint"]  # a small drawing on a large page, drawn closer
-    assert [disc.getpixel(edge) for edge in ((1, 16), (16, 1), (30, 16), (16, 30))] == [(0, 248, 248)] * 4
+    edges = [disc.getpixel(edge) for edge in ((1, 16), (16, 1), (30, 16), (16, 30))]
+    assert all(red < 5 and min(green, blue) > 240 for red, green, blue in edges)
     assert [disc.getpixel(corner) for corner in ((1, 1), (30, 30))] == [(255, 255, 255)] * 2
     red, green, blue = rows[SENTENCE + "tuxpaint"].getpixel((31, 31))  # 8 pixels wide in the package
     assert max(red, green) < 5 and blue > 250
@@ -383,16 +384,18 @@ def test_client_is_run_once_and_its_words_are_passed_on(tmp_path: Path, monkeypa
     cache = tmp_path / "cache"
     cache.mkdir()
 
-    client.write_text("#!/bin/sh\necho npm notice >&2\necho npm error 404 no such package >&2\nexit 1\n")
+    client.write_text(
+        "#!/bin/sh\necho npm notice >&2\necho npm error 404 no such package >&2\necho more >&2\nexit 1\n"
+    )
     client.chmod(0o755)
-    with pytest.raises(corpus.Unavailable, match="npm pack @a/b@1.2 .*failed: npm error 404 no such package"):
+    with pytest.raises(corpus.Unavailable, match="npm pack @a/b@1.2 .*failed: npm error 404 no such package$"):
         corpus.fetch_npm("@a/b@1.2", cache)
     assert list(cache.iterdir()) == []  # nothing half fetched
 
     client.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nprintf content > a-b-1.2.tgz\n')
     for _ in range(2):
         assert corpus.fetch_npm("@a/b@1.2", cache).read_bytes() == b"content"
-    assert (tmp_path / "calls").read_text() == "pack @a/b@1.2 --silent --ignore-scripts\n"
+    assert (tmp_path / "calls").read_text() == "pack @a/b@1.2 --loglevel=error --ignore-scripts\n"
     assert [path.name for path in cache.iterdir()] == ["a-b-1.2.tgz"]
 
 

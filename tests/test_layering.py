@@ -37,8 +37,10 @@ FLOORS = {
     "modeling_florence_fusion": 4,
     "image_processing_florence": 5,
     "image_processing_pil_florence": 5,
+    "loading": 5,
     "video_processing_florence": 5,
     "processing_florence": 5,
+    "tokenization_florence": 5,
     "pipelines": 6,
     "data": 6,
     "evaluation": 7,  # prompts and readers come from data

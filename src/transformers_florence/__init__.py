@@ -37,7 +37,7 @@ AutoModel.register(FlorenceVisionConfig, FlorenceVisionModel, exist_ok=True)
 AutoModel.register(FlorenceTextConfig, FlorenceTextModel, exist_ok=True)
 AutoModelForZeroShotImageClassification.register(FlorenceConfig, FlorenceModel, exist_ok=True)
 AutoModelForImageClassification.register(FlorenceVisionConfig, FlorenceForImageClassification, exist_ok=True)
-# A dual encoder's checkpoint starts a classifier too, but `AutoModelForImageClassification.register` allows one config.
+# A dual encoder's checkpoint starts a classifier too, but `AutoModelForImageClassification.register` takes one config.
 MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.register(FlorenceConfig, FlorenceForImageClassification, exist_ok=True)
 AutoBackbone.register(FlorenceVisionConfig, FlorenceBackbone, exist_ok=True)
 for _config in (FlorenceConfig, FlorenceVisionConfig):

@@ -181,11 +181,12 @@ class FlorenceVisionConfig(BackboneConfigMixin, PreTrainedConfig):
         for name in ("hidden_size", "num_layers", "num_hidden_layers", "stage_names", "embed_dims", "window_sizes"):
             if (value := kwargs.pop(name, None)) not in (None, getattr(self, name)):
                 _fail(name, f"{getattr(self, name)}, which follows from the other fields", value)
-        for name, kind in (("out_features", str), ("out_indices", int)):
-            value = kwargs.get(name)
-            items = value if isinstance(value, list | tuple) else ()
-            if value is not None and not (items and all(type(item) is kind for item in items)):
-                _fail(name, f"a non-empty list of {kind.__name__} or None", value)
+        numbers = range(-self.num_layers - 1, self.num_layers + 1)
+        for name, choices in (("out_features", self.stage_names), ("out_indices", numbers)):
+            if (value := kwargs.get(name)) is not None:
+                items = value if isinstance(value, list | tuple) else ()
+                if not items or any(type(item) not in (str, int) or item not in choices for item in items):
+                    _fail(name, f"some of {list(choices)}, or None", value)
         self.set_output_features_output_indices(kwargs.pop("out_features", None), kwargs.pop("out_indices", None))
         super().__post_init__(**kwargs)
 
@@ -210,9 +211,7 @@ class FlorenceVisionConfig(BackboneConfigMixin, PreTrainedConfig):
             _check_int(f"window_size[{index}]", size, high=256)
         _check_choice("window_padding", self.window_padding, ("clamp", "pad"))
         _check_choice("embed_type", self.embed_type, ("conv", "patch"))
-        _check_float("mlp_ratio", self.mlp_ratio, 0, 64, open_low=True)
-        if int(self.embed_dim * self.mlp_ratio) < 1:
-            _fail("mlp_ratio", f"a feed-forward block of at least one channel on {self.embed_dim}", self.mlp_ratio)
+        _check_float("mlp_ratio", self.mlp_ratio, 1 / self.embed_dim, 64, open_low=True)  # at least one hidden channel
         if not isinstance(self.qkv_bias, bool):
             _fail("qkv_bias", "True or False", self.qkv_bias)
         _check_choice("hidden_act", self.hidden_act, tuple(ACT2FN))
@@ -330,7 +329,7 @@ class FlorenceTextConfig(PreTrainedConfig):
         _check_float("attention_dropout", self.attention_dropout, 0, 1)
         _check_float("initializer_range", self.initializer_range, 0, 10, open_low=True)
         _check_float("initializer_factor", self.initializer_factor, 0, 100, open_low=True)
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
             _check_int(name, getattr(self, name), low=0, high=self.vocab_size - 1)
         layer = 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
         tables = (self.vocab_size + self.max_position_embeddings) * self.hidden_size

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoProcessor, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .modeling_florence import FlorenceModel
 
@@ -18,6 +18,28 @@ BUNDLED = Path(__file__).parent / "checkpoints"
 DUAL_ENCODER_PARTS = ("vision_model.", "text_model.", "visual_projection.", "text_projection.", "logit_scale")
 
 Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def check_config_file(folder: Path, model_class: type) -> None:
+    """See that `config.json` is there and holds a configuration of `model_class`, or of a model that has one inside.
+
+    Without this, `from_pretrained` would build the class's default model first, large or not.
+
+    Raises:
+        ValueError: it is missing, corrupt, or of another kind of model.
+    """
+    file = folder / CONFIG_NAME
+    try:
+        fields = json.loads(file.read_text("utf-8"))
+        kind = fields["model_type"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"expected a model's configuration, got {file}, missing or corrupt: {error!r}") from error
+    config_class = getattr(model_class, "config_class", None)  # None: an Auto class, which takes any
+    if config_class is not None and kind != config_class.model_type and config_class.base_config_key not in fields:
+        raise ValueError(
+            f"expected a checkpoint of {model_class.__name__} (model_type {config_class.model_type!r}), "
+            f"got {folder} with model_type {kind!r}"
+        )
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -74,12 +96,13 @@ def load_checkpoint(
         The model, in evaluation mode.
 
     Raises:
-        ValueError: no such folder; a weight file or `config.json` that is missing or corrupt; or weights that are
-            missing, unexpected, of another shape, or not finite, all listed in one message.
+        ValueError: no such folder; `config.json` missing, corrupt or of another kind of model; a weight file missing
+            or corrupt; or weights that are missing, unexpected, of another shape, or not finite, all in one message.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"expected the folder of a checkpoint, got {str(path)!r}: no such folder")
+    check_config_file(folder, model_class)
     check_weight_files(folder)
     try:
         model, info = model_class.from_pretrained(

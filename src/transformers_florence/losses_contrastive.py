@@ -7,6 +7,8 @@ import torch
 from torch.nn import functional as F
 from transformers.utils.generic import maybe_autocast
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 def positive_cross_entropy(logits: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
     """Mean negative log-likelihood of each row's positives.
@@ -23,15 +25,17 @@ def positive_cross_entropy(logits: torch.Tensor, positives: torch.Tensor) -> tor
     return -log_probabilities.masked_fill(~positives, 0.0).sum(dim=1) / counts
 
 
+def _kind(value: Any) -> str:
+    return str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
+
+
 def _check_pairs(image_embeds: Any, text_embeds: Any, labels: Any, logit_scale: Any) -> None:
     """Refuse what `unicl_loss` cannot read."""
-    named = {"image_embeds": image_embeds, "text_embeds": text_embeds, "logit_scale": logit_scale, "labels": labels}
-    for name, value in named.items():
-        is_tensor = isinstance(value, torch.Tensor)
-        if not is_tensor or value.dtype == torch.bool or value.is_complex() or value.is_floating_point() == (name == "labels"):
-            kind = "an integer" if name == "labels" else "a floating-point"
-            got = value.dtype if is_tensor else type(value).__name__
-            raise ValueError(f"the contrastive loss expected {name} as {kind} tensor, got {got}")
+    for name, value in (("image_embeds", image_embeds), ("text_embeds", text_embeds), ("logit_scale", logit_scale)):
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            raise ValueError(f"the contrastive loss expected {name} as a floating-point tensor, got {_kind(value)}")
+    if not isinstance(labels, torch.Tensor) or labels.dtype not in INTEGERS:
+        raise ValueError(f"the contrastive loss expected labels as an integer tensor, got {_kind(labels)}")
     if image_embeds.ndim != 2 or text_embeds.shape != image_embeds.shape:
         raise ValueError(
             "the contrastive loss expected as many texts as images, both (batch, dim), got "

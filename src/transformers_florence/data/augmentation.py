@@ -42,7 +42,22 @@ class BatchAugmentation:
     erase: float = 0.25
 
     def __call__(self, pixels: torch.Tensor, generator: torch.Generator, strength: float = 1.0) -> torch.Tensor:
-        """pixels: (batch, 3, height, width), float in [0, 1] -> (batch, 3, size, size), float in [0, 1]."""
+        """pixels: (batch, 3, height, width), float in [0, 1] -> (batch, 3, size, size), float in [0, 1].
+
+        Args:
+            pixels: the pictures; they are not changed.
+            generator: a generator of the CPU; its state decides everything that is random.
+            strength: 0 (resampling only) to 1.
+
+        Raises:
+            ValueError: pixels of another rank, channel count or dtype, or a strength out of range.
+        """
+        if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point():
+            raise ValueError(
+                f"expected floating-point pixels (batch, 3, height, width), got {pixels.dtype} {tuple(pixels.shape)}"
+            )
+        if not 0 <= strength <= 1:
+            raise ValueError(f"expected a strength from 0 to 1, got {strength}")
         pixels = self._warp(pixels, generator, strength)
         pixels = self._recolor(pixels, generator, strength)
         return self._erase(pixels, generator, strength)
@@ -78,7 +93,7 @@ class BatchAugmentation:
         saturation = 1 + self._uniform(batch, generator, self.color * strength)
         gray = torch.rand(batch, generator=generator) < self.grayscale * strength
         saturation = torch.where(gray, 0.0, saturation)
-        # Brightness, saturation and hue are one 3 x 3 matrix a picture: a turn about the grey axis, then a mix with grey.
+        # Brightness, saturation and hue are one 3 x 3 matrix a picture: turn about the grey axis, then mix with grey.
         turn = _rotation_about_grey(self._uniform(batch, generator, math.radians(self.hue) * strength))
         luma = torch.tensor([0.299, 0.587, 0.114]).expand(3, 3)
         mix = saturation[:, None, None] * torch.eye(3) + (1 - saturation)[:, None, None] * luma

@@ -12,25 +12,33 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..image_processing_pil_florence import FlorenceImageProcessorPil
 from .prompts import fill_template
 
 SPLITS = ("train", "test_style", "test_concept", "test_clipart")
 
 
-def load_split(folder: str | Path, split: str):  # type: ignore[no-untyped-def]
+def load_split(folder: str | Path, split: str):
     """One split of a corpus folder as a `datasets.Dataset`.
 
     Raises:
-        ValueError: no such folder, or no such split in it.
+        ValueError: no such folder, nothing in it that `datasets` reads, a damaged file, or no such split.
     """
-    from datasets import load_dataset
+    from datasets import config, load_dataset, load_dataset_builder  # an extra: only who has pictures on disk needs it
+    from datasets.exceptions import DatasetsError
+    from datasets.fingerprint import Hasher
 
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"expected the folder of a picture corpus, got {str(folder)!r}")
+    path = str(folder.resolve())  # `load_dataset("parquet")` would mean the format and not the folder of that name
     try:
-        return load_dataset(str(folder), split=split)
-    except ValueError as error:
+        # Where a README.md names the splits, `datasets` has one cache for all folders of one name and never looks
+        # whether their files changed: a corpus that was rebuilt would be read as it was. So the cache's place says
+        # what is in it: paths and times of the files.
+        files = Hasher.hash(load_dataset_builder(path).config.data_files)
+        return load_dataset(path, split=split, cache_dir=str(config.HF_DATASETS_CACHE / f"picture_corpus_{files}"))
+    except (ValueError, FileNotFoundError, DatasetsError) as error:
         raise ValueError(f"expected a corpus with the split {split!r} in {str(folder)!r}: {error}") from error
 
 
@@ -49,8 +57,13 @@ class PictureCorpus:
 
     Args:
         rows: a `datasets.Dataset` with the columns above.
-        size: side of the stored pictures in pixels; they are resized to squares of this size once.
+        size: side of the stored pictures in pixels; they are resized to squares of this size once, after
+            transparency, palettes and the like became RGB as the image processor does it.
         progress: whether to show a bar while decoding.
+
+    Raises:
+        ValueError: no rows, no column `image` or `name`, a row without a name, or a picture that the image
+            processor refuses.
 
     Attributes:
         pixels: (rows, 3, size, size), uint8.
@@ -58,14 +71,23 @@ class PictureCorpus:
         categories: (rows,), int64: the same for the category, -1 where a row has none.
     """
 
-    def __init__(self, rows, *, size: int, progress: bool = True) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, rows, *, size: int, progress: bool = True) -> None:
         if len(rows) == 0:
             raise ValueError("expected a corpus with at least one picture, got none")
-        self.pixels = torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
-        for index, image in enumerate(tqdm(rows["image"], desc="decoding", unit="picture", disable=not progress)):
-            resized = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-            self.pixels[index] = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+        if missing := {"image", "name"} - set(rows.column_names):
+            raise ValueError(
+                f"expected the columns image and name, got {rows.column_names}, without {sorted(missing)}"
+            )
         self.names: list[str] = list(rows["name"])
+        for index, name in enumerate(self.names):
+            if not isinstance(name, str) or not name.strip():
+                raise ValueError(f"expected a name in every row, got {name!r} in row {index}")
+        self.pixels = torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
+        door = FlorenceImageProcessorPil()
+        for index, image in enumerate(tqdm(rows["image"], desc="decoding", unit="picture", disable=not progress)):
+            picture = Image.fromarray(door.process_image(image, f"row {index}").transpose(1, 2, 0))
+            resized = picture.resize((size, size), Image.Resampling.BICUBIC)
+            self.pixels[index] = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
         self.keywords = self._column(rows, "keywords", [])
         self.descriptions = self._column(rows, "description", "")
         paths = self._column(rows, "subgroup", "")
@@ -77,7 +99,7 @@ class PictureCorpus:
         self.categories = torch.where(has_category, numbers, -1)
 
     @staticmethod
-    def _column(rows, name: str, default):  # type: ignore[no-untyped-def]
+    def _column(rows, name: str, default):
         values = list(rows[name]) if name in rows.column_names else [None] * len(rows)
         return [default if value is None else value for value in values]
 
@@ -99,16 +121,16 @@ class PictureCorpus:
         if choice < 0.25 and keywords:
             count = min(len(keywords), int(rng.integers(1, 5)))
             picked = rng.choice(len(keywords), size=count, replace=False)
-            return name + ": " + ", ".join(keywords[index] for index in picked)
+            return name + ": " + ", ".join(keywords[int(index)] for index in picked)
         if choice < 0.35 and self.category_names[row]:
             return f"{name}, {self.category_names[row]}"
         if choice < 0.5 and self.descriptions[row]:
             return f"{name}. {self.descriptions[row]}"
-        return fill_template(templates[rng.integers(len(templates))], name)
+        return fill_template(templates[int(rng.integers(len(templates)))], name)
 
     def draw_category_text(self, row: int, templates: Sequence[str], rng: np.random.Generator) -> str:
         """The row's category in a random template."""
-        return fill_template(templates[rng.integers(len(templates))], self.category_names[row])
+        return fill_template(templates[int(rng.integers(len(templates)))], self.category_names[row])
 
 
 def number_texts(texts: Sequence[str]) -> list[int]:

@@ -4,7 +4,7 @@ import torch
 
 
 def recall_at_k(queries: torch.Tensor, gallery: torch.Tensor, relevant: torch.Tensor, k: int) -> float:
-    """Part of queries that find something relevant among their k nearest.
+    """Part of queries that find something relevant among their k nearest; one with nothing relevant never does.
 
     Args:
         queries: (queries, dim), unit length.
@@ -13,8 +13,11 @@ def recall_at_k(queries: torch.Tensor, gallery: torch.Tensor, relevant: torch.Te
         k: how many of the nearest count.
 
     Raises:
-        ValueError: k is not between 1 and the number of items.
+        ValueError: shapes that do not fit, no query, or k not between 1 and the number of items.
     """
+    if relevant.shape != (queries.shape[0], gallery.shape[0]) or relevant.shape[0] == 0:
+        expected = f"relevant of shape ({queries.shape[0]}, {gallery.shape[0]}) with at least one query"
+        raise ValueError(f"expected {expected}, got {tuple(relevant.shape)}")
     if not 1 <= k <= gallery.shape[0]:
         raise ValueError(f"expected k between 1 and {gallery.shape[0]}, got {k}")
     nearest = (queries @ gallery.T).topk(k, dim=1).indices

@@ -10,7 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.prompts import fill_template
 
 
-@torch.inference_mode()
+def _check_texts(what: str, texts: Sequence[str]) -> None:
+    if isinstance(texts, str) or len(texts) == 0:
+        raise ValueError(f"expected a list of at least one of {what}, got {texts!r}")
+
+
+@torch.no_grad()  # not inference_mode: class vectors may stand in a training step
 def embed_texts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -19,9 +24,8 @@ def embed_texts(
     batch_size: int = 256,
     progress: bool = False,
 ) -> torch.Tensor:
-    """Unit vectors of texts: (texts, projection_dim), float32."""
-    if not texts:
-        raise ValueError("expected at least one text, got an empty list")
+    """Unit vectors of texts: (texts, projection_dim), float32. Raises ValueError for an empty list."""
+    _check_texts("texts", texts)
     chunks = []
     for start in tqdm(range(0, len(texts), batch_size), desc="texts", disable=not progress):
         tokens = tokenizer(
@@ -31,11 +35,17 @@ def embed_texts(
     return torch.cat(chunks)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def embed_pixels(
     model: PreTrainedModel, pixel_values: torch.Tensor, *, batch_size: int = 128, progress: bool = False
 ) -> torch.Tensor:
-    """Unit vectors of pictures: (batch, channels, height, width), normalised -> (batch, projection_dim), float32."""
+    """Unit vectors of pictures: (batch, channels, height, width), normalised -> (batch, projection_dim), float32.
+
+    Raises:
+        ValueError: an empty batch, or pixels that the model refuses.
+    """
+    if len(pixel_values) == 0:
+        raise ValueError(f"expected at least one picture, got pixel_values of shape {tuple(pixel_values.shape)}")
     chunks = []
     for start in tqdm(range(0, len(pixel_values), batch_size), desc="pictures", disable=not progress):
         pixels = pixel_values[start : start + batch_size].to(model.device)
@@ -57,17 +67,26 @@ def build_zero_shot_classifier(
     Every template's text is normalised, their mean is taken, and the mean is normalised again.
 
     Raises:
-        ValueError: no labels, no templates, or a template without exactly one `{}`.
+        ValueError: no labels, no templates, one text instead of a list, or a template without exactly one `{}`.
     """
-    if not labels or not templates:
-        raise ValueError(f"expected labels and templates, got {len(labels)} labels and {len(templates)} templates")
+    _check_texts("labels", labels)
+    _check_texts("templates", templates)
     texts = [fill_template(template, label) for label in labels for template in templates]
     embeds = embed_texts(model, tokenizer, texts, batch_size=batch_size, progress=progress)
     return F.normalize(embeds.view(len(labels), len(templates), -1).mean(dim=1), dim=-1)
 
 
 def top_k_accuracy(scores: torch.Tensor, targets: torch.Tensor, k: int) -> float:
-    """Part of rows whose target is among the k best columns. scores: (rows, columns); targets: (rows,), int64."""
+    """Part of rows whose target is among the k best columns. scores: (rows, columns); targets: (rows,), int64.
+
+    Raises:
+        ValueError: shapes that do not fit, no rows, or k not between 1 and the number of columns.
+    """
+    if scores.ndim != 2 or len(scores) == 0 or targets.shape != scores.shape[:1]:
+        got = f"{tuple(scores.shape)} and {tuple(targets.shape)}"
+        raise ValueError(f"expected scores (rows, columns) and targets (rows,), got {got}")
+    if not 1 <= k <= scores.shape[1]:
+        raise ValueError(f"expected k between 1 and {scores.shape[1]}, got {k}")
     best = scores.topk(k, dim=1).indices
     return (best == targets[:, None]).any(dim=1).float().mean().item()
 

@@ -9,7 +9,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     UniCL spells the names of its exceptions so that they never match and its relative position tables decay;
     Swin, whose tower it is, leaves them out, and so does this.
     """
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
