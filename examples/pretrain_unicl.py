@@ -15,7 +15,6 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -38,11 +37,23 @@ from transformers_florence.data.augmentation import BatchAugmentation
 from transformers_florence.data.picture_corpus import PictureCorpus, load_split
 from transformers_florence.data.prompts import DRAWING_TEMPLATES
 from transformers_florence.evaluation.zero_shot import build_zero_shot_classifier, embed_pixels, top_k_accuracy
+from transformers_florence.training.objectives import ContrastivePretraining
 from transformers_florence.training.optimization import parameter_groups
 from transformers_florence.training.precision import Bfloat16Forward, cpu_has_bfloat16
 
 # A checkpoint belongs to these; every other argument may differ when its run goes on.
-FIXED = ("size", "objective", "batch_size", "learning_rate", "weight_decay", "context_length", "seed", "texts")
+FIXED = (
+    "size",
+    "objective",
+    "batch_size",
+    "learning_rate",
+    "text_rate",
+    "weight_decay",
+    "context_length",
+    "classifier_weight",
+    "seed",
+    "texts",
+)
 
 
 @dataclass
@@ -59,7 +70,10 @@ class PretrainArguments:
     weight_decay: float = 0.1
     warmup_steps: int = 200
     max_grad_norm: float = 1.0
-    augmentation_ramp: float = 0.3  # part of the run over which augmentation grows to full strength
+    text_rate: float = 0.3  # learning rate of the text tower, relative to the image tower's
+    classifier_weight: float = 1.0  # of the label classifier beside the contrastive loss; 0 for none (UniCL alone)
+    augmentation_ramp: float = 0.4  # part of the run over which augmentation grows from nothing to full strength
+    small_part: float = 0.6  # first part of the run, with pictures of half the side and texts of two thirds the length
     category_batches: float = 0.1  # part of the batches whose texts and labels are categories
     stored_size: int = 80  # side of the pictures in memory, pixels
     context_length: int = 24  # tokens
@@ -86,8 +100,9 @@ class PretrainArguments:
                 raise ValueError(f"{field.name}: expected a text, got {value!r}")
         if self.seed >= 1 << 31:
             raise ValueError(f"seed: expected less than 2 to the power of 31, got {self.seed}")
-        if self.category_batches > 1:
-            raise ValueError(f"category_batches: expected a part from 0 to 1, got {self.category_batches}")
+        for name in ("category_batches", "small_part"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name}: expected a part from 0 to 1, got {getattr(self, name)}")
 
 
 def parse_arguments(argv: list[str]) -> PretrainArguments:
@@ -132,7 +147,8 @@ class Batches:
         self, arguments: PretrainArguments, corpus: PictureCorpus, processor: FlorenceProcessor, device: torch.device
     ) -> None:
         self.arguments, self.corpus, self.tokenizer, self.device = arguments, corpus, processor.tokenizer, device
-        self.augment = BatchAugmentation(size=processor.image_processor.size["height"])
+        side = processor.image_processor.size["height"]
+        self.augment_small, self.augment = BatchAugmentation(size=side // 2), BatchAugmentation(size=side)
         image_processor = processor.image_processor
         self.mean = torch.tensor(image_processor.image_mean, device=device).view(1, 3, 1, 1)
         self.std = torch.tensor(image_processor.image_std, device=device).view(1, 3, 1, 1)
@@ -141,9 +157,10 @@ class Batches:
         if self.per_epoch == 0:
             raise ValueError(f"expected at least batch_size={arguments.batch_size} pictures, got {len(corpus)}")
 
-    def __call__(self, step: int) -> dict[str, torch.Tensor]:
-        """Model inputs of a step: pixel_values, input_ids, attention_mask, labels."""
+    def __call__(self, step: int) -> dict[str, torch.Tensor | None]:
+        """Inputs of `ContrastivePretraining` at a step."""
         arguments, corpus = self.arguments, self.corpus
+        small = step < arguments.small_part * arguments.steps
         rng = np.random.default_rng([arguments.seed, step])
         by_category = len(self.with_category) >= arguments.batch_size and rng.random() < arguments.category_batches
         if by_category:
@@ -156,17 +173,23 @@ class Batches:
             rows = order[position * arguments.batch_size : (position + 1) * arguments.batch_size]
             texts = [corpus.draw_text(row, DRAWING_TEMPLATES, rng) for row in rows]
             labels = corpus.labels[rows]
+        strength = min(1.0, step / max(1.0, arguments.augmentation_ramp * arguments.steps))
+        generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
+        augment = self.augment_small if small else self.augment
+        pixels = augment(corpus.pixels[rows].to(self.device).float() / 255, generator, strength)
+        length = arguments.context_length * 2 // 3 if small else arguments.context_length
+        tokens = self.tokenizer(
+            texts, return_tensors="pt", padding=True, truncation=True, max_length=length, verbose=False
+        ).to(self.device)
         if arguments.objective == "clip":
             labels = torch.arange(len(rows))
-        strength = min(1.0, 0.2 + 0.8 * step / max(1.0, arguments.augmentation_ramp * arguments.steps))
-        generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
-        pixels = self.augment(corpus.pixels[rows].to(self.device).float() / 255, generator, strength)
-        tokens = self.tokenizer(texts, return_tensors="pt", padding=True, truncation=True).to(self.device)
+        class_labels = None if arguments.objective == "clip" else corpus.labels[rows].to(self.device)
         return {
             "pixel_values": (pixels - self.mean) / self.std,
             "input_ids": tokens["input_ids"],
             "attention_mask": tokens["attention_mask"],
             "labels": labels.to(self.device),
+            "class_labels": class_labels,
         }
 
 
@@ -241,10 +264,6 @@ def held_out_style(arguments: PretrainArguments, names: list[str]) -> PictureCor
     return PictureCorpus(rows.select(keep), size=arguments.stored_size) if keep else None
 
 
-def learning_rates(optimizer: torch.optim.Optimizer) -> Iterator[float]:
-    return (group["lr"] for group in optimizer.param_groups)
-
-
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     output = Path(arguments.output)
@@ -271,10 +290,13 @@ def main(argv: list[str] | None = None) -> None:
     use_bfloat16 = arguments.precision == "bfloat16" or (
         arguments.precision == "auto" and (accelerator.device.type != "cpu" or cpu_has_bfloat16())
     )
-    groups = parameter_groups(model, arguments.weight_decay)
+    num_labels = int(corpus.labels.max()) + 1 if arguments.objective == "unicl" else 0
+    objective = ContrastivePretraining(model, num_labels=num_labels, classifier_weight=arguments.classifier_weight)
+    text_rates = dict.fromkeys(("text_model.", "text_projection."), arguments.text_rate * arguments.learning_rate)
+    groups = parameter_groups(objective, arguments.weight_decay, text_rates)
     optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.98), fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, arguments.warmup_steps, arguments.steps)
-    wrapped: torch.nn.Module = Bfloat16Forward(model) if use_bfloat16 else model
+    wrapped: torch.nn.Module = Bfloat16Forward(objective) if use_bfloat16 else objective
     wrapped, optimizer, schedule = accelerator.prepare(wrapped, optimizer, schedule)
     batches = Batches(arguments, corpus, processor, accelerator.device)
 
@@ -294,16 +316,16 @@ def main(argv: list[str] | None = None) -> None:
 
     started, seen = time.monotonic(), 0
     bar = tqdm(range(first, arguments.steps), initial=first, total=arguments.steps, desc="training", mininterval=10)
-    model.train()
+    objective.train()
     for step in bar:
         torch.manual_seed((arguments.seed << 32) + step)  # drop path's choices depend on the step alone
-        loss = wrapped(**batches(step)).loss
+        loss = wrapped(**batches(step))
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(wrapped.parameters(), arguments.max_grad_norm)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             found = f"the loss is {loss.item()}, the gradient's norm {float(norm)}"
             raise RuntimeError(f"step {step}: {found}; the last good checkpoint is in {output}")
-        rate = next(learning_rates(optimizer))
+        rate = schedule.get_last_lr()[0]
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

@@ -318,7 +318,9 @@ def test_the_standard_names_read_and_set_our_fields():
 def test_tuples_are_as_good_as_lists():
     lists = dict(image_size=[32, 64], depths=[1, 2], num_heads=[2, 4], window_size=[4, 2], out_indices=[1, 2])
     tuples = {name: tuple(value) for name, value in lists.items()}
-    assert FlorenceVisionConfig(**tuples, embed_dim=16) == FlorenceVisionConfig(**lists, embed_dim=16)
+    config = FlorenceVisionConfig(**tuples, embed_dim=16)
+    assert config == FlorenceVisionConfig(**lists, embed_dim=16)
+    assert {name: getattr(config, name) for name in lists} == lists  # as a loaded configuration has them
 
 
 def test_special_tokens_stand_at_the_end_of_the_vocabulary():

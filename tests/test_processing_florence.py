@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, CLIPTokenizer
 
 from tests.tiny_florence import CONTEXT, SIDE, TEXTS, tiny_image_processor, tiny_model, tiny_processor, tiny_tokenizer
 from transformers_florence import (
@@ -55,6 +55,12 @@ def test_texts_are_padded_and_cut_unless_the_call_says_otherwise():
     assert [len(ids) for ids in processor(text=["a cat", "a photo of a cat"], padding=False)["input_ids"]] == [4, 7]
     assert len(processor(text=[LONG], truncation=False)["input_ids"][0]) > CONTEXT
     assert len(processor(text=[LONG], text_kwargs={"max_length": 5})["input_ids"][0]) == 5
+
+
+def test_texts_are_cut_with_clips_own_tokenizer_too(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    processor = FlorenceProcessor(tiny_image_processor(), CLIPTokenizer.from_pretrained(tmp_path))
+    assert len(processor(text=LONG)["input_ids"]) == CONTEXT
 
 
 def test_settings_of_the_image_side_reach_it(pictures):
