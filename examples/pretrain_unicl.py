@@ -147,8 +147,7 @@ class Batches:
         self, arguments: PretrainArguments, corpus: PictureCorpus, processor: FlorenceProcessor, device: torch.device
     ) -> None:
         self.arguments, self.corpus, self.tokenizer, self.device = arguments, corpus, processor.tokenizer, device
-        side = processor.image_processor.size["height"]
-        self.augment_small, self.augment = BatchAugmentation(size=side // 2), BatchAugmentation(size=side)
+        self.full_side = processor.image_processor.size["height"]
         image_processor = processor.image_processor
         self.mean = torch.tensor(image_processor.image_mean, device=device).view(1, 3, 1, 1)
         self.std = torch.tensor(image_processor.image_std, device=device).view(1, 3, 1, 1)
@@ -157,10 +156,18 @@ class Batches:
         if self.per_epoch == 0:
             raise ValueError(f"expected at least batch_size={arguments.batch_size} pictures, got {len(corpus)}")
 
+    def is_small(self, step: int) -> bool:
+        """Whether a step belongs to the first part of the run."""
+        return step < self.arguments.small_part * self.arguments.steps
+
+    def side(self, step: int) -> int:
+        """Side of the pictures at a step, in pixels."""
+        return self.full_side // 2 if self.is_small(step) else self.full_side
+
     def __call__(self, step: int) -> dict[str, torch.Tensor | None]:
         """Inputs of `ContrastivePretraining` at a step."""
         arguments, corpus = self.arguments, self.corpus
-        small = step < arguments.small_part * arguments.steps
+        side, small = self.side(step), self.is_small(step)
         rng = np.random.default_rng([arguments.seed, step])
         by_category = len(self.with_category) >= arguments.batch_size and rng.random() < arguments.category_batches
         if by_category:
@@ -175,8 +182,7 @@ class Batches:
             labels = corpus.labels[rows]
         strength = min(1.0, step / max(1.0, arguments.augmentation_ramp * arguments.steps))
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
-        augment = self.augment_small if small else self.augment
-        pixels = augment(corpus.pixels[rows].to(self.device).float() / 255, generator, strength)
+        pixels = BatchAugmentation(size=side)(corpus.pixels[rows].to(self.device).float() / 255, generator, strength)
         length = arguments.context_length * 2 // 3 if small else arguments.context_length
         tokens = self.tokenizer(
             texts, return_tensors="pt", padding=True, truncation=True, max_length=length, verbose=False
@@ -193,11 +199,15 @@ class Batches:
         }
 
 
-def evaluate(model: FlorenceModel, processor: FlorenceProcessor, corpus: PictureCorpus, names: list[str]) -> dict:
-    """Pictures of a held-out style named among all training names."""
+def evaluate(
+    model: FlorenceModel, processor: FlorenceProcessor, corpus: PictureCorpus, names: list[str], side: int
+) -> dict[str, float]:
+    """Pictures of a held-out style named among all training names, at the side that is being trained."""
     model.eval()
     classifier = build_zero_shot_classifier(model, processor.tokenizer, names, ("{}", "an emoji of {}"))
-    pixels = processor.image_processor(list(corpus.pixels), return_tensors="pt")["pixel_values"]
+    pixels = processor.image_processor(list(corpus.pixels), size={"height": side, "width": side}, return_tensors="pt")[
+        "pixel_values"
+    ]
     scores = embed_pixels(model, pixels) @ classifier.T
     column = {name: index for index, name in enumerate(names)}
     targets = torch.tensor([column[name] for name in corpus.names], device=scores.device)
@@ -342,7 +352,7 @@ def main(argv: list[str] | None = None) -> None:
             }
             bar.set_postfix(loss=entry["loss"], speed=f"{speed:.0f}/s", refresh=False)
         if style is not None and ((step + 1) % arguments.eval_every == 0 or step + 1 == arguments.steps):
-            entry |= evaluate(model, processor, style, names)
+            entry |= evaluate(model, processor, style, names, batches.side(step))
         if entry:
             with (output / "log.jsonl").open("a", encoding="utf-8") as log:
                 log.write(json.dumps({"step": step + 1, **entry}) + "\n")

@@ -244,6 +244,7 @@ def test_a_finished_run_can_be_made_longer(corpus, tmp_path):
     [
         ({"seed": 1}, "seed 0 there and 1 now"),
         ({"objective": "clip"}, "objective 'unicl' there and 'clip' now"),
+        ({"text_rate": 1.0}, "text_rate 0.3 there and 1.0 now"),
         ({"learning_rate": 0.5, "batch_size": 8}, "batch_size 16 there and 8 now, learning_rate"),
         ({"steps": 5}, "has taken 6, expected as many or more, got 5"),
     ],
@@ -274,6 +275,18 @@ def test_clip_is_another_objective(corpus, weights, tmp_path):
     other = pretrain(corpus, tmp_path, objective="clip")
     assert all(np.isfinite(entry["loss"]) for entry in read_log(tmp_path))
     assert not torch.equal(other["visual_projection.weight"], weights["visual_projection.weight"])
+
+
+def test_the_classifier_and_the_text_towers_rate_are_choices(corpus, weights, tmp_path):
+    plain = pretrain(corpus, tmp_path / "plain", classifier_weight=0, steps=3)
+    frozen = pretrain(corpus, tmp_path / "frozen", text_rate=0, steps=3)
+    torch.manual_seed(0)
+    text = sizes.FlorenceTextConfig.from_size("test", max_position_embeddings=16)
+    start = FlorenceModel(sizes.FlorenceConfig.from_size("test", text_config=text)).state_dict()
+    assert plain.keys() == frozen.keys() == weights.keys(), "the classifier serves the training only"
+    assert read_log(tmp_path / "plain")[0]["loss"] < read_log(tmp_path / "frozen")[0]["loss"] - 1
+    for name, tensor in frozen.items():
+        assert torch.equal(tensor, start[name]) == name.startswith("text_"), name
 
 
 def test_bfloat16_saves_float32_weights_near_those_of_float32(corpus, run, weights, tmp_path):
@@ -356,6 +369,32 @@ def test_labels_are_names_categories_or_the_pairs_themselves(batches):
     assert torch.equal(paired["pixel_values"], named["pixel_values"]), "the objective changes nothing but the labels"
 
 
+def test_the_classifier_learns_names_whatever_the_batch_is_labelled_by(batches):
+    make = batches(category_batches=1)
+    make.corpus.pixels, pixels = (
+        torch.arange(64, dtype=torch.uint8).view(64, 1, 1, 1).expand(-1, 3, 32, 32),
+        make.corpus.pixels,
+    )
+    make.augment_small = lambda pixels, generator, strength: pixels  # each picture's colour is its row
+    try:
+        batch = make(0)
+    finally:
+        make.corpus.pixels = pixels
+    rows = ((batch["pixel_values"] * make.std + make.mean)[:, 0, 0, 0] * 255).round().long()
+    assert torch.equal(batch["class_labels"], make.corpus.labels[rows])
+    assert torch.equal(batch["labels"], make.corpus.categories[rows])
+    assert batches(objective="clip")(0)["class_labels"] is None, "unique labels know of no names"
+
+
+def test_the_first_part_has_smaller_pictures_and_shorter_texts(batches):
+    make = batches(steps=10, small_part=0.6, context_length=9)
+    shapes = [(make(step)["pixel_values"].shape[-1], make(step)["input_ids"].shape[1]) for step in range(10)]
+    assert [side for side, _ in shapes] == [16] * 6 + [32] * 4
+    assert max(tokens for _, tokens in shapes[:6]) == 6 and max(tokens for _, tokens in shapes[6:]) == 9
+    assert {make(step)["input_ids"][:, -1].max().item() for step in range(10)} == {559}, "the end token must stay"
+    assert batches(small_part=0)(0)["pixel_values"].shape[-1] == 32
+
+
 def test_without_enough_categories_every_batch_is_of_names(batches):
     make = batches(category_batches=1)
     make.with_category = make.with_category[: BATCH - 1]
@@ -365,10 +404,10 @@ def test_without_enough_categories_every_batch_is_of_names(batches):
 def test_augmentation_grows_over_its_ramp(batches):
     make = batches(steps=100, augmentation_ramp=0.5)
     strengths = []
-    make.augment = lambda pixels, generator, strength: (strengths.append(strength), pixels)[1]
+    make.augment = make.augment_small = lambda pixels, generator, strength: (strengths.append(strength), pixels)[1]
     for step in (0, 25, 50, 99):
         make(step)
-    assert strengths == pytest.approx([0.2, 0.6, 1.0, 1.0])
+    assert strengths == pytest.approx([0.0, 0.5, 1.0, 1.0])
 
 
 def test_fewer_pictures_than_a_batch_are_refused(corpus, tmp_path):

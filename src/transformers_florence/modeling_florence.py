@@ -12,7 +12,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import can_return_tuple, maybe_autocast
 
 from .configuration_florence import FlorenceConfig, FlorenceVisionConfig
 from .losses_contrastive import unicl_loss
@@ -85,6 +85,7 @@ class FlorenceModel(FlorencePreTrainedModel):
     """
 
     def __init__(self, config: FlorenceConfig) -> None:
+        config.validate_architecture()  # fields that were set after the configuration was built
         super().__init__(config)
         self.vision_model = FlorenceVisionModel._from_config(config.vision_config)
         self.text_model = FlorenceTextModel._from_config(config.text_config)
@@ -164,11 +165,16 @@ class FlorenceModel(FlorencePreTrainedModel):
             text = self.get_text_features(input_ids, attention_mask, position_ids, return_dict=True, **kwargs)
         image_embeds = None if vision is None else F.normalize(vision.pooler_output, dim=-1)
         text_embeds = None if text is None else F.normalize(text.pooler_output, dim=-1)
-        logit_scale = self.logit_scale.float().clamp(max=MAX_LOG_SCALE).exp()
+        scale_dtype = torch.promote_types(
+            self.logit_scale.dtype, torch.float32
+        )  # bfloat16 would round it by up to 0.4 %
+        logit_scale = self.logit_scale.to(scale_dtype).clamp(max=MAX_LOG_SCALE).exp()
         logits_per_image = loss = None
         if image_embeds is not None and text_embeds is not None:
-            # Half precision would round a logit of 100 by up to 0.25.
-            logits_per_image = logit_scale * (image_embeds.float() @ text_embeds.float().T)  # (images, texts)
+            # Half precision would round a logit of 100 by up to 0.25, and so would a trainer's autocast.
+            dtype = torch.promote_types(image_embeds.dtype, torch.float32)
+            with maybe_autocast(image_embeds.device.type, enabled=False):
+                logits_per_image = logit_scale * (image_embeds.to(dtype) @ text_embeds.to(dtype).T)  # (images, texts)
         if labels is not None or return_loss:
             if image_embeds is None or text_embeds is None:
                 raise ValueError("the contrastive loss expected pixel_values and input_ids, got one of them")

@@ -68,6 +68,10 @@ class FlorenceTextModel(CLIPTextModel):
     base_model_prefix = "text_model"
     _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"^(visual|text)_projection\.", r"^logit_scale$"]
 
+    def __init__(self, config: FlorenceTextConfig) -> None:
+        config.validate_architecture()  # fields that were set after the configuration was built
+        super().__init__(config)
+
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(

@@ -127,9 +127,7 @@ class CoSwinLayer(GradientCheckpointingLayer):
 class CoSwinStage(nn.Module):
     """A token embedding (the first stage has none: it is the tower's stem), then layers, every second one shifted."""
 
-    def __init__(
-        self, config: FlorenceVisionConfig, *, index: int, drop_path_rates: list[float]
-    ) -> None:
+    def __init__(self, config: FlorenceVisionConfig, *, index: int, drop_path_rates: list[float]) -> None:
         super().__init__()
         dim = config.embed_dims[index]
         self.window_padding = config.window_padding
@@ -231,7 +229,9 @@ class FlorenceVisionModel(FlorenceVisionPreTrainedModel):
     def __init__(self, config: FlorenceVisionConfig, *, add_final_norm: bool = True) -> None:
         super().__init__(config)
         if config.embed_type == "conv":
-            self.embeddings: nn.Module = ConvEmbed(config, in_dim=config.num_channels, dim=config.embed_dim, first=True)
+            self.embeddings: nn.Module = ConvEmbed(
+                config, in_dim=config.num_channels, dim=config.embed_dim, first=True
+            )
         else:
             self.embeddings = PatchEmbed(config, in_dim=config.num_channels, dim=config.embed_dim)
         self.encoder = CoSwinEncoder(config)
