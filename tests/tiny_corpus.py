@@ -93,7 +93,7 @@ def tiny_splits() -> dict[str, list[dict]]:
         "twemoji": emoji_rows("twemoji", 4, "white"),
         "fluent-flat": emoji_rows("fluent-flat", 7, "white"),
         "noto": emoji_rows("noto", 5, "lightgray"),
-        "noto-v1": emoji_rows("noto-v1", 8, "lightgray"),
+        "noto-v1": emoji_rows("noto-v1", 8, "lightgray")[::2],
     }
     known = [row for rows in styles.values() for row in rows if row["concept"] % 7 != 3]
     splits = {
