@@ -126,8 +126,8 @@ def eager_attention(
     weights = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
-    # Half precision would lose the small weights: the softmax runs in float32.
-    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    # Half precision would lose the small weights: the softmax runs in float32 at least.
+    weights = F.softmax(weights, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2), weights
 

@@ -1,6 +1,8 @@
 # Copyright 2026 The transformers_florence authors. Licensed under the Apache License, Version 2.0.
 """CoSwin, Florence's image tower (section 2.3), and plain Swin; also as a backbone of four feature maps."""
 
+from typing import cast
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -9,7 +11,7 @@ from transformers.backbone_utils import BackboneMixin, filter_output_hidden_stat
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, logging
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -26,7 +28,8 @@ from .window_ops import (
     window_reverse,
 )
 
-logger = logging.get_logger(__name__)
+# What a checkpoint of a dual encoder or of a classifier holds beside the image tower.
+OTHER_PARTS = [r"^text_model\.", r"^(visual|text)_projection\.", r"^logit_scale$", r"^classifier\."]
 
 
 def check_pixel_values(pixel_values: torch.Tensor | None, num_channels: int) -> None:
@@ -201,8 +204,8 @@ class FlorenceVisionPreTrainedModel(PreTrainedModel):
     # A learnt additive bias goes into every attention: the fused kernels below take none.
     _supports_flash_attn = False
     _supports_flex_attn = False
-    _no_split_modules = ["CoSwinLayer", "ConvEmbed", "PatchEmbed", "PatchMerging"]  # noqa: RUF012
-    _can_record_outputs = {  # noqa: RUF012
+    _no_split_modules = ["CoSwinLayer", "ConvEmbed", "PatchEmbed", "PatchMerging"]
+    _can_record_outputs = {
         "hidden_states": OutputRecorder(CoSwinStage, index=0),
         "attentions": OutputRecorder(WindowAttention, index=1),
     }
@@ -226,14 +229,17 @@ class FlorenceVisionModel(FlorenceVisionPreTrainedModel):
     Any picture size works, odd, oblong or smaller than a window, in any order of calls.
     """
 
+    _keys_to_ignore_on_load_unexpected = OTHER_PARTS
+
     def __init__(self, config: FlorenceVisionConfig, *, add_final_norm: bool = True) -> None:
+        config.validate_architecture()  # fields that were set after the configuration was built
         super().__init__(config)
+        channels, dim = config.num_channels, config.embed_dim
+        self.embeddings: ConvEmbed | PatchEmbed
         if config.embed_type == "conv":
-            self.embeddings: nn.Module = ConvEmbed(
-                config, in_dim=config.num_channels, dim=config.embed_dim, first=True
-            )
+            self.embeddings = ConvEmbed(config, in_dim=channels, dim=dim, first=True)
         else:
-            self.embeddings = PatchEmbed(config, in_dim=config.num_channels, dim=config.embed_dim)
+            self.embeddings = PatchEmbed(config, in_dim=channels, dim=dim)
         self.encoder = CoSwinEncoder(config)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if add_final_norm else nn.Identity()
         self.post_init()
@@ -280,9 +286,9 @@ class FlorenceVisionModel(FlorenceVisionPreTrainedModel):
         """
         values = {**self.config.to_dict(), "window_size": window_size}
         sizes = type(self.config)(**values).window_sizes
-        for stage, size in zip(self.encoder.stages, sizes, strict=True):
+        for stage, size in zip(cast("list[CoSwinStage]", self.encoder.stages), sizes, strict=True):
             new_window = (size,) * 2
-            for layer in stage.layers:
+            for layer in cast("list[CoSwinLayer]", stage.layers):
                 attention = layer.attention
                 table = attention.relative_position_bias_table
                 resized = resize_relative_position_table(table.detach(), stage.window_size, new_window)
@@ -297,7 +303,8 @@ class FlorenceBackbone(BackboneMixin, FlorenceVisionPreTrainedModel):
     Detectors want `window_padding="pad"`, the convention of detection's Swin.
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"vision_model\.norm\.", r"text_model\.", r"_projection\.", r"logit_scale"]  # noqa: RUF012
+    # The tower's own final norm, and what else a dual encoder or a classifier holds.
+    _keys_to_ignore_on_load_unexpected = [r"^(vision_model\.)?norm\.", *OTHER_PARTS]
 
     def __init__(self, config: FlorenceVisionConfig) -> None:
         super().__init__(config)

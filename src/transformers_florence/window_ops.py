@@ -80,15 +80,16 @@ def resize_relative_position_table(
 ) -> torch.Tensor:
     """A table `(prod(2 * side - 1), num_heads)` for another window, resized bicubically over its last two axes.
 
-    This is how the authors of Swin carry weights to larger windows. The statistics stay in the table's dtype;
-    the interpolation runs in float32, because CPUs have no bicubic kernel for half precision.
+    This is how the authors of Swin carry weights to larger windows. The table's dtype stays; the interpolation runs in
+    float32 at least, because CPUs have no bicubic kernel for half precision.
     """
     if window == new_window:
         return table
     if len(window) != 2 or len(new_window) != 2:
         raise ValueError(f"expected two-dimensional windows, got {window} and {new_window}")
     old_height, old_width = (2 * side - 1 for side in window)
-    grid = table.T.reshape(1, -1, old_height, old_width).float()  # (1, num_heads, 2h-1, 2w-1)
+    grid = table.T.reshape(1, -1, old_height, old_width)  # (1, num_heads, 2h-1, 2w-1)
+    grid = grid.to(torch.promote_types(table.dtype, torch.float32))
     new_size = tuple(2 * side - 1 for side in new_window)
     grid = F.interpolate(grid, size=new_size, mode="bicubic", align_corners=False)
     return grid.flatten(2)[0].T.contiguous().to(table.dtype)
