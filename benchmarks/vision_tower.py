@@ -35,7 +35,7 @@ OURS = "florence"
 PEERS = ("timm", "transformers", "torchvision")
 TOWERS = (OURS, *PEERS)
 MODES = ("forward", "step")
-# `autocast` keeps float32 weights and computes in bfloat16 where torch thinks it safe, as mixed-precision training does.
+# `autocast` keeps float32 weights and computes in bfloat16 where torch thinks it safe, as mixed precision does.
 PRECISIONS = ("float32", "bfloat16", "autocast")
 TOLERANCE = 1e-4
 MATRIX_SIDE = 2048
