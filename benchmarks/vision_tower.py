@@ -242,7 +242,9 @@ def resident_bytes(field: str) -> int:
 
 def measure_memory(tower: str, mode: str, precision: str, pixel_values: torch.Tensor) -> int:
     """Bytes by which a few runs raise this process's resident set; for a process that has done nothing else."""
-    run = make_run(build_tower(tower, random_weights()), mode, precision, pixel_values)
+    built = build_tower(tower, random_weights())
+    make_run(built, "forward", precision, pixel_values[:1])()  # loads the code of the libraries, some 100 MiB
+    run = make_run(built, mode, precision, pixel_values)
     with contextlib.suppress(AttributeError):  # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)  # memory that the construction freed must not hide what the runs take
     Path("/proc/self/clear_refs").write_text("5")  # and its high-water mark is forgotten

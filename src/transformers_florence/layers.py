@@ -1,6 +1,8 @@
 # Copyright 2026 The transformers_florence authors. Licensed under the Apache License, Version 2.0.
 """Bricks of the window-attention towers: stochastic depth, feed-forward, token embeddings, window attention."""
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -8,6 +10,26 @@ from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_florence import FlorenceVisionConfig
+
+# What a layer's widest intermediate may take on the CPU: small enough for the caches, large enough for full speed of
+# the matrix products. Where it matters and what else was tried: benchmarks/README.md.
+SLICE_BYTES = 10 * 2**20
+
+
+def runs_at_once_on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether operations on this tensor are run now, on the CPU: the only case that the detours below are for.
+
+    `torch.compile` and `torch.export` see one plain path, in which the batch can stay symbolic.
+    """
+    return tensor.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
+def pictures_at_a_time(hidden_states: torch.Tensor, width: int) -> int:
+    """How many pictures of (batch, *grid, channels) to work on together, where the widest intermediate has `width`."""
+    batch, *grid, _ = hidden_states.shape
+    if not runs_at_once_on_cpu(hidden_states):
+        return batch
+    return max(1, SLICE_BYTES // (math.prod(grid) * width * hidden_states.element_size()))
 
 
 class DropPath(nn.Module):
@@ -34,10 +56,10 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: FlorenceVisionConfig, *, dim: int) -> None:
         super().__init__()
-        hidden_dim = int(dim * config.mlp_ratio)
-        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.hidden_dim = int(dim * config.mlp_ratio)
+        self.fc1 = nn.Linear(dim, self.hidden_dim)
         self.activation = ACT2FN[config.hidden_act]
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc2 = nn.Linear(self.hidden_dim, dim)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden_states: (..., channels) -> same shape."""
@@ -104,8 +126,9 @@ class PatchMerging(nn.Module):
         height, width = hidden_states.shape[1:3]
         if height % 2 or width % 2:
             hidden_states = F.pad(hidden_states, (0, 0, 0, width % 2, 0, height % 2))
-        corners = [hidden_states[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
-        return self.reduction(self.norm(torch.cat(corners, dim=-1)))
+        # (batch, rows, row of the corner, columns, column of the corner, channels): Swin lists the corners by column.
+        corners = hidden_states.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5)
+        return self.reduction(self.norm(corners.flatten(3)))
 
 
 def eager_attention(
@@ -132,6 +155,33 @@ def eager_attention(
     return (weights @ value).transpose(1, 2), weights
 
 
+def cpu_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """What `eager_attention` computes, in the order that costs a CPU least: no product is copied to be changed.
+
+    query, key, value: (num_windows, heads, tokens, head_dim); attention_mask: additive, (windows of a picture or 1,
+    heads, tokens, tokens), contiguous, for all pictures alike. Returns (num_windows, tokens, heads, head_dim).
+    """
+    num_windows, heads, tokens, head_dim = query.shape
+    query, key, value = (part.reshape(num_windows * heads, tokens, head_dim) for part in (query, key, value))
+    weights = torch.bmm(query, key.transpose(1, 2)).mul_(scaling)
+    weights = weights.view(-1, *attention_mask.shape).add_(attention_mask)
+    # bfloat16's softmax takes 1.4 times as long with rows of 49; but a graph would keep float32's result for backward.
+    dtype = query.dtype if torch.is_grad_enabled() else torch.promote_types(query.dtype, torch.float32)
+    weights = F.softmax(weights, dim=-1, dtype=dtype).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    output = torch.bmm(weights.view(-1, tokens, tokens), value)
+    return output.view(num_windows, heads, tokens, head_dim).transpose(1, 2), None
+
+
 class WindowAttention(nn.Module):
     """Multi-head attention inside windows, with a learnt bias for each relative position and head (Swin)."""
 
@@ -154,17 +204,15 @@ class WindowAttention(nn.Module):
             rows *= 2 * side - 1
         self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
 
-    def attention_bias(self, index: torch.Tensor, mask: torch.Tensor | None, num_windows: int) -> torch.Tensor:
-        """Additive bias of position and shift, (1 or num_windows, heads, window_area, window_area).
+    def attention_bias(self, index: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Additive bias of position and shift, (1 or windows of a picture, heads, window_area, window_area).
 
         index: rows of the table, (window_area, window_area); mask: (windows of a picture, window_area,
         window_area) or None.
         """
-        bias = self.relative_position_bias_table[index].permute(2, 0, 1)[None]  # (1, heads, area, area)
-        if mask is None:
-            return bias
-        bias = bias + mask[:, None]  # (windows of a picture, heads, area, area)
-        return bias.repeat(num_windows // bias.shape[0], 1, 1, 1)
+        bias = self.relative_position_bias_table[index].permute(2, 0, 1)[None]
+        # Contiguous, because adding a permuted bias to the scores takes ten times as long.
+        return bias.contiguous() if mask is None else bias.contiguous() + mask[:, None]
 
     def forward(
         self, windows: torch.Tensor, index: torch.Tensor, mask: torch.Tensor | None = None, **kwargs: object
@@ -175,13 +223,22 @@ class WindowAttention(nn.Module):
         query = self.q_proj(windows).view(heads_shape).transpose(1, 2)  # (num_windows, heads, area, head_dim)
         key = self.k_proj(windows).view(heads_shape).transpose(1, 2)
         value = self.v_proj(windows).view(heads_shape).transpose(1, 2)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        bias = self.attention_bias(index, mask).to(query.dtype)
+        implementation = self.config._attn_implementation
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+        # torch's fused CPU kernel has no gradient for a bias, and what steps in takes up to 2.7 times as long as ours;
+        # in half precision the kernel itself takes 1.4 times as long on windows of 49.
+        fused_is_slow = torch.is_grad_enabled() or query.dtype in (torch.bfloat16, torch.float16)
+        if implementation == "sdpa" and fused_is_slow and runs_at_once_on_cpu(query):
+            attend = cpu_attention
+        elif mask is not None:
+            bias = bias.repeat(num_windows // bias.shape[0], 1, 1, 1)  # (num_windows, heads, area, area)
         output, weights = attend(
             self,
             query,
             key,
             value,
-            self.attention_bias(index, mask, num_windows).to(query.dtype),
+            bias,
             scaling=self.scaling,
             dropout=self.config.attention_dropout if self.training else 0.0,
             **kwargs,
@@ -196,5 +253,7 @@ __all__ = [
     "PatchEmbed",
     "PatchMerging",
     "WindowAttention",
+    "cpu_attention",
     "eager_attention",
+    "pictures_at_a_time",
 ]

@@ -16,7 +16,15 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_florence import FlorenceVisionConfig
-from .layers import ConvEmbed, DropPath, FeedForward, PatchEmbed, PatchMerging, WindowAttention
+from .layers import (
+    ConvEmbed,
+    DropPath,
+    FeedForward,
+    PatchEmbed,
+    PatchMerging,
+    WindowAttention,
+    pictures_at_a_time,
+)
 from .window_ops import (
     fit_window,
     pad_grid,
@@ -101,8 +109,27 @@ class CoSwinLayer(GradientCheckpointingLayer):
         if any(shift):
             hidden_states = torch.roll(hidden_states, list(shift), axes)
         for axis, size in zip(axes, grid, strict=True):
-            hidden_states = hidden_states.narrow(axis, 0, size)
+            if hidden_states.shape[axis] != size:  # a slice of everything would still be a copy in the backward pass
+                hidden_states = hidden_states.narrow(axis, 0, size)
         return hidden_states
+
+    def transform(
+        self,
+        hidden_states: torch.Tensor,
+        window: tuple[int, ...],
+        shift: tuple[int, ...],
+        index: torch.Tensor,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`forward`, on all pictures at once."""
+        branch = self.attend(self.norm1(hidden_states), window, shift, index, mask)
+        if self.layer_scale1 is not None:
+            branch = branch * self.layer_scale1
+        hidden_states = hidden_states + self.drop_path(branch)
+        branch = self.mlp(self.norm2(hidden_states))
+        if self.layer_scale2 is not None:
+            branch = branch * self.layer_scale2
+        return hidden_states + self.drop_path(branch)
 
     def forward(
         self,
@@ -117,14 +144,13 @@ class CoSwinLayer(GradientCheckpointingLayer):
         window, shift: what this layer uses on this grid (shift of zeros for an unshifted layer); index: see
         `relative_position_index`; mask: see `shift_mask`.
         """
-        branch = self.attend(self.norm1(hidden_states), window, shift, index, mask)
-        if self.layer_scale1 is not None:
-            branch = branch * self.layer_scale1
-        hidden_states = hidden_states + self.drop_path(branch)
-        branch = self.mlp(self.norm2(hidden_states))
-        if self.layer_scale2 is not None:
-            branch = branch * self.layer_scale2
-        return hidden_states + self.drop_path(branch)
+        count = pictures_at_a_time(hidden_states, self.mlp.hidden_dim)
+        # Recorded weights come from one call of the attention for each layer, so all pictures go through together.
+        if count >= hidden_states.shape[0] or self.attention.config._attn_implementation != "sdpa":
+            return self.transform(hidden_states, window, shift, index, mask)
+        # A few pictures at a time: what a large batch would stream through memory stays in the caches.
+        parts = hidden_states.split(count)
+        return torch.cat([self.transform(part, window, shift, index, mask) for part in parts])
 
 
 class CoSwinStage(nn.Module):
