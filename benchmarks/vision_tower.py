@@ -1,12 +1,13 @@
 """Speed and memory of the image tower beside timm, transformers and torchvision: one shape, one set of weights.
 
     python benchmarks/vision_tower.py
-    python benchmarks/vision_tower.py --rounds 3 --precisions bfloat16 --modes forward --no-memory
+    python benchmarks/vision_tower.py --rounds 3 --precisions bfloat16 --modes forward
 
-Every tower is Swin-T with the same random weights; that all four give the same features is checked first. Timed runs
-are interleaved, one tower after the other in every round, so that a busy machine slows all of them alike; the table
-holds medians. Processor time is the second clock, which other processes hardly touch. Memory is measured in a child
-process for each tower: how far the resident set rises above its size before the first run.
+Every tower is Swin-T with the same random weights; that all four give the same features is checked first. Then each
+lives in a process of its own, as it does for a user: what one leaves behind in the memory allocator is no help and no
+burden to another. The processes run in turns, one tower after the other in every round while the others wait, so that
+a busy machine slows all of them alike; the table holds medians. Processor time is the second clock, which other
+programs hardly touch. Memory is how far the first runs raise the process's resident set above its size before them.
 """
 
 import argparse
@@ -40,6 +41,8 @@ PRECISIONS = ("float32", "bfloat16", "autocast")
 TOLERANCE = 1e-4
 MATRIX_SIDE = 2048
 MEMORY_RUNS = 2
+MATRIX = "matmul"  # the process that multiplies two matrices, beside those of the towers
+PAUSE = 0.05  # seconds before a run: the threads of the process before it stop waiting for more work
 
 # What a peer calls our `encoder.stages.N.embed` and `encoder.stages.N.layers`.
 STAGE_NAMES: dict[str, Callable[[int], tuple[str, str]]] = {
@@ -220,18 +223,6 @@ class Clock:
     processor: float
 
 
-def interleave(runs: dict[str, Callable[[], None]], rounds: int, label: str) -> dict[str, Clock]:
-    """Time all runs in turns, after one round that does not count; each round starts with another one."""
-    names = list(runs)
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    for index in tqdm(range(rounds + 1), desc=label, leave=False):
-        for name in names[index % len(names) :] + names[: index % len(names)]:
-            wall, processor = time.perf_counter(), time.process_time()
-            runs[name]()
-            seconds[name].append((time.perf_counter() - wall, time.process_time() - processor))
-    return {name: Clock(*map(statistics.median, zip(*values[1:], strict=True))) for name, values in seconds.items()}
-
-
 def resident_bytes(field: str) -> int:
     """`VmRSS` (resident now) or `VmHWM` (its highest since the last reset) of this process. Linux only."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -240,27 +231,86 @@ def resident_bytes(field: str) -> int:
     raise ValueError(f"expected {field} in /proc/self/status")
 
 
-def measure_memory(tower: str, mode: str, precision: str, pixel_values: torch.Tensor) -> int:
-    """Bytes by which a few runs raise this process's resident set; for a process that has done nothing else."""
-    built = build_tower(tower, random_weights())
-    make_run(built, "forward", precision, pixel_values[:1])()  # loads the code of the libraries, some 100 MiB
-    run = make_run(built, mode, precision, pixel_values)
+def measure_memory(run: Callable[[], None]) -> float:
+    """MiB by which a few runs raise this process's resident set; NaN where the system does not tell."""
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        return float("nan")
     with contextlib.suppress(AttributeError):  # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)  # memory that the construction freed must not hide what the runs take
     Path("/proc/self/clear_refs").write_text("5")  # and its high-water mark is forgotten
     before = resident_bytes("VmRSS")
     for _ in range(MEMORY_RUNS):
         run()
-    return resident_bytes("VmHWM") - before
+    return (resident_bytes("VmHWM") - before) / 2**20
 
 
-def measure_memory_in_child(tower: str, mode: str, precision: str, options: argparse.Namespace) -> float:
-    """`measure_memory` in a fresh process, in MiB; NaN where the system has no `/proc`."""
-    if not os.access("/proc/self/clear_refs", os.W_OK):
-        return float("nan")
-    command = [sys.executable, __file__, "--memory-of", tower, "--modes", mode, "--precisions", precision]
-    command += [f"--batch={options.batch}", f"--size={options.size}", f"--threads={options.threads}"]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) / 2**20
+def serve(options: argparse.Namespace) -> None:
+    """Life of a child process: tells its memory, then runs once for each line it gets and tells the two clocks."""
+    mode, precision = options.modes[0], options.precisions[0]
+    if options.serve == MATRIX:
+        run = matrix_product(precision)
+        run()
+        memory = float("nan")
+    else:
+        built, pixel_values = build_tower(options.serve, random_weights()), pictures(options)
+        make_run(built, "forward", precision, pixel_values[:1])()  # loads the code of the libraries, some 100 MiB
+        run = make_run(built, mode, precision, pixel_values)
+        memory = measure_memory(run)
+    print(memory, flush=True)
+    for _ in sys.stdin:
+        wall, processor = time.perf_counter(), time.process_time()
+        run()
+        print(time.perf_counter() - wall, time.process_time() - processor, flush=True)
+
+
+class Child:
+    """A tower in a process of its own, which runs when it is told to."""
+
+    def __init__(self, tower: str, mode: str, precision: str, options: argparse.Namespace) -> None:
+        command = [sys.executable, __file__, "--serve", tower, "--modes", mode, "--precisions", precision]
+        command += [f"--batch={options.batch}", f"--size={options.size}", f"--threads={options.threads}"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.memory = float("nan")
+        self.seconds: list[tuple[float, float]] = []
+
+    def wait(self) -> None:
+        """Until it has built its tower and measured its memory."""
+        (self.memory,) = self.answer()
+
+    def answer(self) -> list[float]:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{' '.join(self.process.args)} ended with code {self.process.wait()}")
+        return [float(word) for word in line.split()]
+
+    def run(self) -> None:
+        self.process.stdin.write("run\n")
+        self.process.stdin.flush()
+        wall, processor = self.answer()
+        self.seconds.append((wall, processor))
+
+    def close(self) -> Clock:
+        """Ends the process. Returns its medians."""
+        self.process.stdin.close()
+        self.process.wait()
+        return Clock(*map(statistics.median, zip(*self.seconds[1:], strict=True)))  # the first run does not count
+
+
+def interleave(children: dict[str, Child], rounds: int, label: str) -> dict[str, Clock]:
+    """Time all children in turns; each round starts with another one."""
+    names = list(children)
+    for child in children.values():
+        child.wait()
+    for index in tqdm(range(rounds + 1), desc=label, leave=False):
+        for name in names[index % len(names) :] + names[: index % len(names)]:
+            time.sleep(PAUSE)
+            children[name].run()
+    return {name: child.close() for name, child in children.items()}
+
+
+def pictures(options: argparse.Namespace) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(options.batch, 3, options.size, options.size, generator=generator)
 
 
 def parse_options() -> argparse.Namespace:
@@ -272,21 +322,20 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     parser.add_argument("--towers", nargs="+", choices=TOWERS, default=TOWERS)
-    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory too")
-    parser.add_argument("--memory-of", choices=TOWERS, help="print the memory of one tower in bytes, nothing else")
+    parser.add_argument(
+        "--serve", choices=(*TOWERS, MATRIX), help="be the process of one tower; for this script's use"
+    )
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse_options()
     torch.set_num_threads(options.threads)
-    pixel_values = torch.randn(
-        options.batch, 3, options.size, options.size, generator=torch.Generator().manual_seed(0)
-    )
-    if options.memory_of:
-        print(measure_memory(options.memory_of, options.modes[0], options.precisions[0], pixel_values))
+    if options.serve:
+        serve(options)
         return
 
+    pixel_values = pictures(options)
     weights = random_weights()
     towers = {name: build_tower(name, weights) for name in options.towers}
     print(f"Largest difference between the features of the towers: {check_equal(towers, pixel_values[:2]):.1e}")
@@ -298,20 +347,21 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for precision in options.precisions:
         for mode in options.modes:
-            runs = {name: make_run(build_tower(name, weights), mode, precision, pixel_values) for name in towers}
             label = f"{precision} {mode}"
-            clocks = interleave({"matmul": matrix_product(precision), **runs}, options.rounds, label)
-            rate = 2 * MATRIX_SIDE**3 / clocks["matmul"].wall
+            children = {name: Child(name, mode, precision, options) for name in (MATRIX, *towers)}
+            clocks = interleave(children, options.rounds, label)
+            rate = 2 * MATRIX_SIDE**3 / clocks[MATRIX].wall
             peers = [clocks[name] for name in towers if name != OURS] or [clocks[OURS]]
             for name in towers:
                 clock = clocks[name]
-                memory = measure_memory_in_child(name, mode, precision, options) if options.memory else float("nan")
                 share = flops * (1 if mode == "forward" else 3) / clock.wall / rate  # backward is two forwards
                 print(
                     f"| {label} | {name} | {clock.wall / options.batch * 1e3:.1f} "
                     f"| {clock.processor / options.batch * 1e3:.1f} "
                     f"| {min(peer.wall for peer in peers) / clock.wall:.2f} "
-                    f"| {min(peer.processor for peer in peers) / clock.processor:.2f} | {memory:.0f} | {share:.0%} |"
+                    f"| {min(peer.processor for peer in peers) / clock.processor:.2f} "
+                    f"| {children[name].memory:.0f} | {share:.0%} |",
+                    flush=True,
                 )
 
 

@@ -48,9 +48,12 @@ FIXED = (
     "batch_size",
     "learning_rate",
     "text_rate",
+    "token_rate",
+    "prototype_rate",
     "weight_decay",
     "context_length",
-    "classifier_weight",
+    "prototype_weight",
+    "alignment_weight",
     "seed",
     "texts",
 )
@@ -70,8 +73,11 @@ class PretrainArguments:
     weight_decay: float = 0.1
     warmup_steps: int = 200
     max_grad_norm: float = 1.0
-    text_rate: float = 0.3  # learning rate of the text tower, relative to the image tower's
-    classifier_weight: float = 1.0  # of the label classifier beside the contrastive loss; 0 for none (UniCL alone)
+    text_rate: float = 1.0  # learning rate of the text tower, relative to the image tower's
+    token_rate: float = 20.0  # the same of its token embeddings, of which a batch moves only its own words'
+    prototype_rate: float = 5.0  # the same of the label prototypes
+    prototype_weight: float = 1.0  # of the label prototypes beside the contrastive loss; 0 for none (UniCL alone)
+    alignment_weight: float = 5.0  # of the texts' distance to their prototypes
     augmentation_ramp: float = 0.4  # part of the run over which augmentation grows from nothing to full strength
     small_part: float = 0.6  # first part of the run, with pictures of half the side and texts of two thirds the length
     category_batches: float = 0.1  # part of the batches whose texts and labels are categories
@@ -164,7 +170,7 @@ class Batches:
         """Side of the pictures at a step, in pixels."""
         return self.full_side // 2 if self.is_small(step) else self.full_side
 
-    def __call__(self, step: int) -> dict[str, torch.Tensor | None]:
+    def __call__(self, step: int) -> dict[str, torch.Tensor | bool | None]:
         """Inputs of `ContrastivePretraining` at a step."""
         arguments, corpus = self.arguments, self.corpus
         side, small = self.side(step), self.is_small(step)
@@ -196,6 +202,7 @@ class Batches:
             "attention_mask": tokens["attention_mask"],
             "labels": labels.to(self.device),
             "class_labels": class_labels,
+            "align_texts": not by_category,
         }
 
 
@@ -301,9 +308,25 @@ def main(argv: list[str] | None = None) -> None:
         arguments.precision == "auto" and (accelerator.device.type != "cpu" or cpu_has_bfloat16())
     )
     num_labels = int(corpus.labels.max()) + 1 if arguments.objective == "unicl" else 0
-    objective = ContrastivePretraining(model, num_labels=num_labels, classifier_weight=arguments.classifier_weight)
-    text_rates = dict.fromkeys(("text_model.", "text_projection."), arguments.text_rate * arguments.learning_rate)
-    groups = parameter_groups(objective, arguments.weight_decay, text_rates)
+    objective = ContrastivePretraining(
+        model,
+        num_labels=num_labels,
+        prototype_weight=arguments.prototype_weight,
+        alignment_weight=arguments.alignment_weight,
+    )
+    rates = {
+        "token_embedding": arguments.token_rate,
+        "text_model.": arguments.text_rate,
+        "text_projection.": arguments.text_rate,
+        "prototypes": arguments.prototype_rate,
+    }
+    groups = parameter_groups(
+        objective,
+        arguments.weight_decay,
+        {name: rate * arguments.learning_rate for name, rate in rates.items()},
+        no_decay=("token_embedding", "prototypes"),
+    )
+    image_group = next(index for index, group in enumerate(groups) if "lr" not in group)
     optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.98), fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, arguments.warmup_steps, arguments.steps)
     wrapped: torch.nn.Module = Bfloat16Forward(objective) if use_bfloat16 else objective
@@ -331,11 +354,11 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed((arguments.seed << 32) + step)  # drop path's choices depend on the step alone
         loss = wrapped(**batches(step))
         accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(wrapped.parameters(), arguments.max_grad_norm)
+        norm = accelerator.clip_grad_norm_(model.parameters(), arguments.max_grad_norm)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             found = f"the loss is {loss.item()}, the gradient's norm {float(norm)}"
             raise RuntimeError(f"step {step}: {found}; the last good checkpoint is in {output}")
-        rate = schedule.get_last_lr()[0]
+        rate = schedule.get_last_lr()[image_group]
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

@@ -285,12 +285,12 @@ def test_clip_is_another_objective(corpus, weights, tmp_path):
 
 
 def test_the_classifier_and_the_text_towers_rate_are_choices(corpus, weights, tmp_path):
-    plain = pretrain(corpus, tmp_path / "plain", classifier_weight=0, steps=3)
+    plain = pretrain(corpus, tmp_path / "plain", prototype_weight=0, steps=3)
     frozen = pretrain(corpus, tmp_path / "frozen", text_rate=0, steps=3)
     torch.manual_seed(0)
     text = sizes.FlorenceTextConfig.from_size("test", max_position_embeddings=16)
     start = FlorenceModel(sizes.FlorenceConfig.from_size("test", text_config=text)).state_dict()
-    assert plain.keys() == frozen.keys() == weights.keys(), "the classifier serves the training only"
+    assert plain.keys() == frozen.keys() == weights.keys(), "the prototypes serve the training only"
     assert read_log(tmp_path / "plain")[0]["loss"] < read_log(tmp_path / "frozen")[0]["loss"] - 1
     for name, tensor in frozen.items():
         assert torch.equal(tensor, start[name]) == name.startswith("text_"), name

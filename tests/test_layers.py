@@ -11,11 +11,13 @@ from torch.testing import assert_close
 from torchvision.models.swin_transformer import PatchMerging as TorchvisionPatchMerging
 
 from tests.oracles import randomize
+from transformers_florence import layers
 from transformers_florence.configuration_florence import FlorenceVisionConfig
 from transformers_florence.layers import (
     ConvEmbed,
     DropPath,
     FeedForward,
+    Linear,
     PatchEmbed,
     PatchMerging,
     WindowAttention,
@@ -77,6 +79,53 @@ def test_drop_path_draws_anew_and_keeps_dtype_and_gradient(dtype):
 
 
 # ---------------------------------------------------------------------------------------------------- feed-forward
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5,), (3, 4), (2, 3, 5), (1, 1, 1)])
+def test_linear_is_torchs_however_it_is_computed(monkeypatch, shape, bias, fast):
+    """Values and gradients of all inputs, also of a grid whose memory is not in order."""
+    monkeypatch.setattr(layers, "HAS_FAST_CONVOLUTION", fast)
+    layer = randomize(Linear(8, 12, bias=bias))
+    for grid in (torch.randn(*shape, 8), torch.randn(8, *shape).movedim(0, -1)):
+        grid.requires_grad_()
+        expected = grid.double() @ layer.weight.double().T
+        if bias:
+            expected = expected + layer.bias.double()
+        output = layer(grid)
+        assert output.dtype == torch.float32 and output.shape == (*shape, 12)
+        assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
+        inputs = [grid, *layer.parameters()]
+        gradients = torch.autograd.grad(output.square().sum(), inputs)
+        assert_close(gradients, torch.autograd.grad(expected.square().sum(), inputs), rtol=1e-4, atol=1e-4)
+        assert all(gradient.shape == one.shape for gradient, one in zip(gradients, inputs, strict=True))
+
+
+def test_linear_takes_the_convolution_for_float32_grids_only(monkeypatch):
+    """Half and double precision, vectors and autocast go the plain way; so does what a compiler traces."""
+    monkeypatch.setattr(layers, "HAS_FAST_CONVOLUTION", True)
+    taken = []
+    conv2d = F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda *arguments: taken.append(1) or conv2d(*arguments))
+    layer = Linear(8, 8)
+    layer(torch.randn(2, 3, 8))
+    assert len(taken) == 1
+    layer(torch.randn(3, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(2, 3, 8)).dtype == torch.bfloat16
+    for dtype in (torch.bfloat16, torch.float64):
+        assert layer.to(dtype)(torch.randn(2, 3, 8, dtype=dtype)).dtype == dtype
+    exported = torch.export.export(layer.float(), (torch.randn(2, 3, 8),))
+    assert not any("conv" in str(node.target) for node in exported.graph.nodes)
+    assert len(taken) == 1
+
+
+def test_linear_refuses_another_width(monkeypatch):
+    for fast in (True, False):
+        monkeypatch.setattr(layers, "HAS_FAST_CONVOLUTION", fast)
+        with pytest.raises(RuntimeError):
+            Linear(8, 4)(torch.randn(2, 8, 4))
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 5, 7), (1, 96, 130)])

@@ -62,6 +62,13 @@ def test_towers_take_their_own_rate_and_the_rest_the_optimizers(model):
     assert {group["lr"] for group in optimizer.param_groups} == {0.1, 0.2, 0.7}
 
 
+def test_named_matrices_can_be_kept_from_decaying(model):
+    settings = settings_of(model, parameter_groups(model, 0.05, {"text_model.": 0.1}, no_decay=("token_embedding",)))
+    spared = bare_names(model) | {"text_model.embeddings.token_embedding.weight"}
+    for name, (decay, rate) in settings.items():
+        assert (decay, rate) == (0.0 if name in spared else 0.05, 0.1 if "text_model." in name else None), name
+
+
 def test_a_rate_of_nothing_freezes(model):
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
