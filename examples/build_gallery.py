@@ -53,6 +53,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     gallery = [row for row in noto if row["file_name"] not in chosen][:NOTO] + drawings[:CLIPART]
 
+    metadata = arguments.out / "metadata.jsonl"
+    if metadata.is_file():  # pictures of an earlier gallery would lie there unlisted
+        for line in metadata.read_text("utf-8").splitlines():
+            old = Path(json.loads(line)["file_name"])
+            if old.parts[0] in ("questions", "gallery") and len(old.parts) == 2:
+                (arguments.out / old).unlink(missing_ok=True)
     with_folder = [("questions", row) for row in questions] + [("gallery", row) for row in gallery]
     lines = []
     for folder, row in with_folder:
@@ -61,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         row["rows"][row["index"]]["image"].convert("RGB").save(target, optimize=True)
         keys = ("name", "keywords", "source", "style", "license")
         lines.append({"file_name": target.relative_to(arguments.out).as_posix(), **{key: row[key] for key in keys}})
-    (arguments.out / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    metadata.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     (arguments.out / "names.txt").write_text("".join(name + "\n" for name in names), "utf-8")
     print(f"{len(questions)} questions and {len(gallery)} pictures in {arguments.out}, {len(names)} names")
 

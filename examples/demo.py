@@ -10,6 +10,7 @@ import argparse
 import base64
 import html
 import json
+import textwrap
 import time
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def draw_named(questions: list[dict], answers: list[list[tuple[str, float]]], pa
 
 def draw_found(searches: list[tuple[str | Image.Image, list[tuple[dict, float]]]], path: Path) -> None:
     """One line a search: what was asked, then the pictures that were found, best first."""
-    figure, axes = plt.subplots(len(searches), SHOWN + 1, figsize=(1.5 * (SHOWN + 1), 1.75 * len(searches)))
+    figure, axes = plt.subplots(len(searches), SHOWN + 1, figsize=(1.5 * (SHOWN + 1), 1.85 * len(searches)))
     for (question, found), line in zip(searches, axes, strict=True):
         if isinstance(question, str):
             line[0].text(0.5, 0.5, question, ha="center", va="center", fontsize=12, wrap=True)
@@ -105,7 +106,8 @@ def draw_found(searches: list[tuple[str | Image.Image, list[tuple[dict, float]]]
             line[0].set_title("like this one", fontsize=8, color="#1d5fbf")
         for axis, (row, score) in zip(line[1:], found, strict=True):
             axis.imshow(row["image"])
-            axis.set_title(f"{row['name'][:22]}\n{score:.2f}", fontsize=7)
+            name = textwrap.fill(row["name"], 20, max_lines=2, placeholder=" …")
+            axis.set_title(f"{name}\n{score:.2f}", fontsize=7)
         for axis in line:
             axis.axis("off")
     figure.suptitle("Found by text, and by picture (cosine similarity)", fontsize=13)

@@ -15,7 +15,11 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
-from examples import build_gallery, bundle_checkpoint, demo, evaluate_pictures, pretrain_unicl
+import build_gallery
+import bundle_checkpoint
+import demo
+import evaluate_pictures
+import pretrain_unicl
 from tests.tiny_corpus import COLORS, SHAPES, tiny_splits, write_tiny_corpus
 from transformers_florence import FlorenceModel, FlorenceProcessor, load_bundled, load_checkpoint
 from transformers_florence import configuration_florence as sizes
@@ -246,7 +250,7 @@ def test_a_finished_run_can_be_made_longer(corpus, tmp_path):
     [
         ({"seed": 1}, "seed 0 there and 1 now"),
         ({"objective": "clip"}, "objective 'unicl' there and 'clip' now"),
-        ({"text_rate": 1.0}, "text_rate 0.3 there and 1.0 now"),
+        ({"text_rate": 0.5}, "text_rate 1.0 there and 0.5 now"),
         ({"learning_rate": 0.5, "batch_size": 8}, "batch_size 16 there and 8 now, learning_rate"),
         ({"steps": 5}, "has taken 6, expected as many or more, got 5"),
     ],
@@ -284,9 +288,9 @@ def test_clip_is_another_objective(corpus, weights, tmp_path):
     assert not torch.equal(other["visual_projection.weight"], weights["visual_projection.weight"])
 
 
-def test_the_classifier_and_the_text_towers_rate_are_choices(corpus, weights, tmp_path):
+def test_the_prototypes_and_the_towers_rates_are_choices(corpus, weights, tmp_path):
     plain = pretrain(corpus, tmp_path / "plain", prototype_weight=0, steps=3)
-    frozen = pretrain(corpus, tmp_path / "frozen", text_rate=0, steps=3)
+    frozen = pretrain(corpus, tmp_path / "frozen", text_rate=0, token_rate=0, steps=3)
     torch.manual_seed(0)
     text = sizes.FlorenceTextConfig.from_size("test", max_position_embeddings=16)
     start = FlorenceModel(sizes.FlorenceConfig.from_size("test", text_config=text)).state_dict()
@@ -338,7 +342,8 @@ def test_a_batch_depends_on_seed_and_step_alone(batches):
     for step in (3, 0, 2):
         torch.manual_seed(step + 100)
         batch = jumping(step)
-        assert all(torch.equal(batch[name], first[step][name]) for name in batch), step
+        for name, value in batch.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(first[step][name])), (step, name)
     assert not torch.equal(first[0]["pixel_values"], first[1]["pixel_values"])
     assert not torch.equal(batches(seed=1)(0)["pixel_values"], first[0]["pixel_values"])
 
@@ -626,6 +631,21 @@ def test_the_gallery_holds_held_out_pictures_only(gallery):
     assert len({subgroups[line["name"]] for line in questions}) == len(questions) == 3
     assert not {line["name"] for line in questions} & {line["name"] for line in lines[3:]}
     assert (gallery / "names.txt").read_text("utf-8").splitlines() == sorted(SEEN)
+
+
+def test_a_gallery_that_is_built_anew_has_no_pictures_of_the_old_one(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(build_gallery, "QUESTIONS", 2)
+    listed = []
+    for pictures in (6, 2):
+        monkeypatch.setattr(build_gallery, "NOTO", pictures)
+        monkeypatch.setattr(build_gallery, "CLIPART", pictures)
+        build_gallery.main(["--corpus", str(corpus), "--out", str(tmp_path)])
+        (tmp_path / "gallery" / "notes.txt").write_text("mine")
+        lines = (tmp_path / "metadata.jsonl").read_text("utf-8").splitlines()
+        listed.append({json.loads(line)["file_name"] for line in lines})
+    assert listed[1] < listed[0] and len(listed[1]) == 6
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/*.png")} == listed[1]
+    assert (tmp_path / "gallery" / "notes.txt").read_text() == "mine"
 
 
 def test_a_corpus_with_too_few_subgroups_gives_no_gallery(corpus, tmp_path):

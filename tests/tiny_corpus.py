@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from examples.build_picture_corpus import TEXT_FEATURES, write_corpus
+import build_picture_corpus
 
 SIDE = 32
 COLORS = ("red", "blue", "green", "orange", "purple", "black", "brown", "pink")
@@ -44,7 +44,7 @@ def draw(shape: str, color: str, margin: int, background: str = "white") -> byte
 
 
 def row_of(**fields) -> dict:
-    empty = {name: [] if name == "keywords" else "" for name in TEXT_FEATURES}
+    empty = {name: [] if name == "keywords" else "" for name in build_picture_corpus.TEXT_FEATURES}
     return {**empty, "license": "MIT", "concept": -1, **fields}
 
 
@@ -106,5 +106,6 @@ def tiny_splits() -> dict[str, list[dict]]:
 
 
 def write_tiny_corpus(folder: Path, file_format: str = "parquet", splits: dict[str, list[dict]] | None = None) -> Path:
-    write_corpus(tiny_splits() if splits is None else splits, folder, file_format, SIDE)
+    splits = tiny_splits() if splits is None else splits
+    build_picture_corpus.write_corpus(splits, folder, file_format, SIDE)
     return folder
