@@ -5,7 +5,7 @@ BIN     := .venv/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-slow quality style bench clean
+.PHONY: help demo test test-slow test-hf quality style bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -18,6 +18,9 @@ test: .venv/.dev  ## run the tests, without the slow ones
 
 test-slow: .venv/.dev  ## run the slow tests only
 	$(BIN)/python -m pytest -m slow
+
+test-hf: .venv/.dev  ## run transformers' own common tests on every class (fetches them once)
+	$(BIN)/python -m tests_hf -n $(WORKERS)
 
 quality: .venv/.dev  ## check lint, format and types; changes nothing
 	$(BIN)/ruff check .
@@ -33,7 +36,7 @@ bench: .venv/.dev  ## compare the vision tower's speed and memory with its peers
 
 clean:  ## remove caches and build outputs; .venv stays
 	rm -rf build dist demo .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	find src tests examples conversion benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find src tests tests_hf examples conversion benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # The demo needs less than development does: two stamps, one environment. The second covers the first.
 .venv/.demo: pyproject.toml | .venv/bin/pip

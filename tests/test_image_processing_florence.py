@@ -204,7 +204,7 @@ def test_auto_image_processor_finds_both_backends(backend, tmp_path):
         ("image_mean", [0.5, 0.5], "image_mean: expected one finite number or three"),
         ("image_mean", [0.5, 0.5, float("nan")], "image_mean.*nan"),
         ("image_std", [1.0, 0.0, 1.0], "image_std: expected positive numbers"),
-        ("rescale_factor", 0.0, "rescale_factor: expected a positive number, got 0.0"),
+        ("rescale_factor", 0.0, "rescale_factor: expected a finite number other than 0, got 0.0"),
     ],
 )
 def test_impossible_settings_are_refused_at_construction_and_at_call(backend, setting, value, message):

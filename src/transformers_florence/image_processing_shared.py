@@ -78,8 +78,8 @@ def check_settings(settings: dict[str, Any]) -> dict[str, Any]:
     if std is not None and min(std) <= 0:
         raise ValueError(f"image_std: expected positive numbers, got {std}")
     factor = settings.get("rescale_factor")
-    if factor is not None and not (_is_finite(factor) and factor > 0):
-        raise ValueError(f"rescale_factor: expected a positive number, got {factor}")
+    if factor is not None and not (_is_finite(factor) and factor != 0):
+        raise ValueError(f"rescale_factor: expected a finite number other than 0, got {factor}")
     if not _is_count(settings["max_pixels"]):
         raise ValueError(f"max_pixels: expected a positive integer, got {settings['max_pixels']!r}")
     if not (_is_finite(settings["max_aspect_ratio"]) and settings["max_aspect_ratio"] >= 1):

@@ -229,9 +229,6 @@ class FlorenceForImageClassification(FlorenceVisionPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.vision_model.get_input_embeddings()
-
     @can_return_tuple
     def forward(
         self,

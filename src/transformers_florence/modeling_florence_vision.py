@@ -224,6 +224,8 @@ class FlorenceVisionPreTrainedModel(PreTrainedModel):
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    # The first convolution: a module whose output is a tensor, as activation checkpointing with LoRA needs.
+    _input_embed_layer = "projection"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -269,10 +271,6 @@ class FlorenceVisionModel(FlorenceVisionPreTrainedModel):
         self.encoder = CoSwinEncoder(config)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if add_final_norm else nn.Identity()
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The first convolution: a module whose output is a tensor, as activation checkpointing with LoRA needs."""
-        return self.embeddings.projection
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -343,9 +341,6 @@ class FlorenceBackbone(BackboneMixin, FlorenceVisionPreTrainedModel):
             }
         )
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.vision_model.get_input_embeddings()
 
     @can_return_tuple
     @filter_output_hidden_states

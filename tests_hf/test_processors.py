@@ -1,0 +1,115 @@
+"""The mixins for image processors, processors and tokenizers, on the classes of the table."""
+
+import subprocess
+import tempfile
+import unittest
+from unittest import mock
+
+from transformers import CLIPTokenizer
+
+from .entries import IMAGE_PROCESSORS, PROCESSOR, TOKENIZER
+from .loader import load
+from .reasons import own
+from .vocabulary import tokenizer
+
+images = load("test_image_processing_common")
+
+
+class Settings(images.ImageProcessingTester):
+    """Settings that differ from the defaults, so that dropping one shows."""
+
+    SETTINGS = {
+        "size": {"shortest_edge": 20},
+        "crop_size": {"height": 18, "width": 18},
+        "do_resize": True,
+        "do_center_crop": True,
+        "do_normalize": True,
+        "do_convert_rgb": True,
+        "image_mean": [0.48, 0.46, 0.41],
+        "image_std": [0.27, 0.26, 0.28],
+        "max_aspect_ratio": 50,
+    }
+
+    def __init__(self, parent, **kwargs):
+        super().__init__(parent, **{**self.SETTINGS, **kwargs})
+
+    def _get_image_processing_classes(self):
+        return IMAGE_PROCESSORS
+
+
+class FlorenceImageProcessorTest(images.ImageProcessingTestMixin, unittest.TestCase):
+    image_processor_tester_class = Settings
+    test_cast_dtype = True
+
+    def test_call_numpy_4_channels(self):
+        tester = self.image_processor_tester
+        tester.num_channels = 4
+        pictures = tester.prepare_image_inputs(equal_resolution=False, numpify=True)
+        for backend in self.image_processing_classes.values():
+            processor = backend(**self.image_processor_dict)
+            pixels = processor(pictures, input_data_format="channels_last", return_tensors="pt").pixel_values
+            self.assertEqual(tuple(pixels.shape), (tester.batch_size, 3, 18, 18))
+            with self.assertRaisesRegex(ValueError, "image_mean: expected one finite number or three"):
+                processor(pictures, image_mean=[0.0] * 4, image_std=[1.0] * 4, do_convert_rgb=False)
+
+    def test_pil_can_run_without_torchvision(self):
+        run = subprocess.run
+
+        def run_with_package(command, **options):
+            script = command[2].replace(
+                "from transformers import", "import transformers_florence\nfrom transformers import"
+            )
+            assert script != command[2], "the script of the mixin has changed"
+            return run([*command[:2], script, *command[3:]], **options)
+
+        with mock.patch.object(subprocess, "run", run_with_package):
+            super().test_pil_can_run_without_torchvision()
+
+
+class FlorenceProcessorTest(load("test_processing_common").ProcessorTesterMixin, unittest.TestCase):
+    processor_class = PROCESSOR
+
+    @classmethod
+    def _setup_tokenizer(cls):
+        return tokenizer()
+
+    @classmethod
+    def _setup_image_processor(cls):
+        return IMAGE_PROCESSORS["torchvision"]()
+
+
+class FlorenceTokenizerTest(
+    load("test_tokenization_common").TokenizerTesterMixin,
+    load("test_tokenizers_backend_mixin").TokenizersBackendTesterMixin,
+    unittest.TestCase,
+):
+    tokenizer_class = TOKENIZER
+    rust_tokenizer_class = TOKENIZER
+    from_pretrained_kwargs = {}
+    test_seq2seq = False
+
+    @classmethod
+    def setUpClass(cls):
+        cls.tmpdirname = tempfile.mkdtemp()
+        tokenizer().save_pretrained(cls.tmpdirname)
+        cls.from_pretrained_id = [cls.tmpdirname]
+        cls.tokenizers_list = [(cls.tokenizer_class, cls.tmpdirname, {})]
+
+    def uncut(self):
+        """Inside this, texts are left whole unless the call says otherwise, as CLIP's tokenizer does."""
+        name = "_get_padding_truncation_strategies"
+        return mock.patch.object(TOKENIZER, name, getattr(CLIPTokenizer, name))
+
+    def test_maximum_encoding_length_single_input(self):
+        with self.uncut():
+            super().test_maximum_encoding_length_single_input()
+
+    def test_maximum_encoding_length_pair_input(self):
+        with self.uncut():
+            super().test_maximum_encoding_length_pair_input()
+
+    @unittest.skip(
+        own("In CLIP's format every text begins with the start token: transformers' CLIPTokenizer needs it too.")
+    )
+    def test_add_bos_token_without_bos_token(self):
+        pass
