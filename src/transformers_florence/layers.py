@@ -12,9 +12,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_florence import FlorenceVisionConfig
 
-# What a layer's widest intermediate may take on the CPU: small enough for the caches, large enough for full speed of
-# the matrix products. Where it matters and what else was tried: benchmarks/README.md.
-SLICE_BYTES = 10 * 2**20
+# How many numbers a layer's widest intermediate may have on the CPU: few enough for the caches and for the memory
+# allocator to keep their place, enough for full speed of the matrix products. What was tried: benchmarks/README.md.
+SLICE_ELEMENTS = 5 * 2**19
 # On x86, oneDNN's float32 convolution beats the matrix library that `F.linear` calls: see `Linear`.
 HAS_FAST_CONVOLUTION = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
 
@@ -32,7 +32,7 @@ def pictures_at_a_time(hidden_states: torch.Tensor, width: int) -> int:
     batch, *grid, _ = hidden_states.shape
     if not runs_at_once_on_cpu(hidden_states):
         return batch
-    return max(1, SLICE_BYTES // (math.prod(grid) * width * hidden_states.element_size()))
+    return max(1, SLICE_ELEMENTS // (math.prod(grid) * width))
 
 
 class Linear(nn.Linear):
@@ -254,7 +254,7 @@ class WindowAttention(nn.Module):
         implementation = self.config._attn_implementation
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
         # torch's fused CPU kernel has no gradient for a bias, and what steps in takes up to 2.7 times as long as ours;
-        # without gradients, on windows of 49, the kernel itself takes 1.3 times as long, 1.4 times in half precision.
+        # without gradients, on windows of 49, the kernel itself takes longer too, in half precision 1.4 times as long.
         if implementation == "sdpa" and runs_at_once_on_cpu(query):
             attend = cpu_attention
         elif mask is not None:
