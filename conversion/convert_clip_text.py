@@ -13,7 +13,6 @@ puts CLIP's tokenizer into the folder, with `--vision` a whole processor.
 """
 
 import argparse
-import re
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from .key_tables import (
     apply_table,
     build_model,
     check_agreement,
+    find_layout,
     image_processor,
     load_tokenizer,
     new_folder,
@@ -88,11 +88,7 @@ def layout_of(tensors: Tensors, origin: str | Path) -> str:
     Raises:
         ValueError: nobody's that has a table.
     """
-    for vocabulary, layout in VOCABULARIES.items():
-        if any(re.match(vocabulary, key) for key in tensors):
-            return layout
-    shown = ", ".join(list(tensors)[:3])
-    raise ValueError(f"expected CLIP's keys as {' or '.join(TABLES)} name them in {origin}, got {shown}, ...")
+    return find_layout(tensors, VOCABULARIES, f"CLIP's keys as {' or '.join(TABLES)} name them", origin)
 
 
 def saved_fields(settings: dict[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from .key_tables import (
     apply_table,
     build_model,
     check_agreement,
+    find_layout,
     image_processor,
     new_folder,
     next_stage,
@@ -114,12 +115,9 @@ def layout_of(tensors: Tensors, origin: str | Path) -> str:
     Raises:
         ValueError: nobody's that has a table.
     """
-    for stem, layout in STEMS.items():
-        if any(re.match(stem, key) for key in tensors):
-            ends_stages = any(key.startswith("layers.0.downsample.") for key in tensors)
-            return "Microsoft" if layout == "timm" and ends_stages else layout
-    shown = ", ".join(list(tensors)[:3])
-    raise ValueError(f"expected Swin's keys as {', '.join(TABLES)} name them in {origin}, got {shown}, ...")
+    layout = find_layout(tensors, STEMS, f"Swin's keys as {', '.join(TABLES)} name them", origin)
+    ends_stages = any(key.startswith("layers.0.downsample.") for key in tensors)
+    return "Microsoft" if layout == "timm" and ends_stages else layout
 
 
 def start_coswin(conversion: Conversion, prefix: str, stages: int) -> None:

@@ -198,6 +198,21 @@ class Conversion:
         )
 
 
+def find_layout(tensors: Tensors, marks: dict[str, str], expected: str, origin: str | Path) -> str:
+    """Whose names the keys are: the layout of the first mark, a regular expression, that begins one of them.
+
+    expected, origin: what was looked for and where, for the message.
+
+    Raises:
+        ValueError: no mark fits.
+    """
+    for mark, layout in marks.items():
+        if any(re.match(mark, key) for key in tensors):
+            return layout
+    shown = ", ".join(list(tensors)[:3])
+    raise ValueError(f"expected {expected} in {origin}, got {shown}, ...")
+
+
 def apply_table(tensors: Tensors, table: KeyTable, origin: str | Path) -> Conversion:
     """Rename, cut and turn tensors as the first fitting line of the table says; nothing is refused yet."""
     conversion = Conversion(str(origin))

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -14,6 +15,11 @@ from torchvision.models.swin_transformer import SwinTransformer
 from transformers.activations import ACT2FN
 
 from tests.oracles import randomize
+
+# How near a converted tower must be to its source, by the precision that both compute in.
+PRECISIONS = pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-9)], ids=["float32", "float64"]
+)
 
 Tensors = dict[str, torch.Tensor]
 WINDOW, SIDE, DEPTHS, HEADS, DIM = 7, 112, [1, 2, 2], [1, 2, 4], 8  # the last map is as large as the window

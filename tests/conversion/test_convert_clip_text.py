@@ -23,13 +23,10 @@ from conversion import convert_clip_text
 from conversion.convert_clip_text import TABLES, convert, convert_file, saved_fields
 from conversion.key_tables import apply_table
 from conversion.reading import config_beside
-from tests.conversion.sources import Tensors, TextTower, random_weights, texts, write
+from tests.conversion.sources import PRECISIONS, Tensors, TextTower, random_weights, texts, write
 from tests.tiny_florence import random_pixels, tiny_tokenizer, tiny_vision_config
 from transformers_florence import FlorenceModel, FlorenceTextModel, FlorenceVisionModel, load_checkpoint
 
-PRECISIONS = pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-9)], ids=["float32", "float64"]
-)
 SHAPE = {"vocab_size": 560, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "projection_dim": 12}
 SHAPE |= {"num_attention_heads": 1, "max_position_embeddings": 12, "bos_token_id": 558, "eos_token_id": 559}
 

@@ -33,6 +33,7 @@ from tests.conversion.sources import (
     DEPTHS,
     DIM,
     HEADS,
+    PRECISIONS,
     SIDE,
     WINDOW,
     Tensors,
@@ -43,10 +44,6 @@ from tests.conversion.sources import (
     write,
 )
 from transformers_florence import FlorenceBackbone, FlorenceVisionModel, load_checkpoint
-
-PRECISIONS = pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-9)], ids=["float32", "float64"]
-)
 
 
 def transformers_config(**fields: Any) -> SwinConfig:
