@@ -14,7 +14,7 @@ from pathlib import Path
 
 from transformers_florence.data.picture_corpus import load_split
 
-QUESTIONS, NOTO, CLIPART = 12, 228, 72  # how many pictures of each kind
+QUESTIONS, NOTO, CLIPART = 12, 420, 80  # how many pictures of each kind
 
 
 def order(row: dict) -> str:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import transformers_florence
-from transformers_florence import FlorenceModel, FlorenceProcessor, load_checkpoint
+from transformers_florence import FlorenceModel, FlorenceProcessor, load_checkpoint, write_manifest
 
 LIMIT = 20_000_000  # bytes of weights that the wheel may carry
 
@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> str:
     weights = target / "model.safetensors"
     half = {name: tensor.half() for name, tensor in load_file(weights).items()}
     save_file(half, weights, metadata={"format": "pt"})
+    write_manifest(target)
 
     config = json.loads((target / "config.json").read_text())
     if config["dtype"] != "float32":

@@ -4,12 +4,14 @@
 
 (a) pictures of a held-out drawing style, of concepts seen in training, named among all seen names;
 (b) pictures of concepts never seen in training, sorted into all subgroups by the subgroups' words alone;
-(c) held-out clip art: pictures found by text and texts found by picture.
+(c) held-out clip art: pictures found by text and texts found by picture;
+(d) pictures of (a) found by a general word: one keyword that several of them have.
 The floor of (a) and (b) is the nearest training picture at 12 x 12 pixels. Prints one JSON object.
 """
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +20,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from transformers_florence import FlorenceModel, FlorenceProcessor, bundled_checkpoint, load_checkpoint
-from transformers_florence.data.picture_corpus import load_split, words_of_path
-from transformers_florence.evaluation.retrieval import recall_at_k
+from transformers_florence.data.picture_corpus import load_split, normalize_text, words_of_path
+from transformers_florence.evaluation.retrieval import precision_at_k, recall_at_k
 from transformers_florence.evaluation.zero_shot import (
     build_zero_shot_classifier,
     embed_pixels,
@@ -27,6 +29,7 @@ from transformers_florence.evaluation.zero_shot import (
     top_k_accuracy,
 )
 
+KEYWORD_PICTURES = 5  # a general word of (d) belongs to so many pictures at least, and so many are looked at
 TEMPLATES = ("{}", "a picture of {}", "an emoji of {}", "an icon of {}", "{} icon")
 
 
@@ -115,6 +118,25 @@ def retrieve_clipart(model, processor, test) -> dict[str, float]:
     return result
 
 
+def find_by_keyword(model, processor, test, names: list[str]) -> dict[str, float]:
+    """(d): part of the first pictures found by a keyword that have it, and the part that chance would find."""
+    seen = set(names)
+    test = test.select([index for index, name in enumerate(test["name"]) if name in seen])
+    keywords = [{normalize_text(word) for word in words} for words in test["keywords"]]
+    counts = Counter(word for words in keywords for word in words)
+    queries = sorted(word for word, count in counts.items() if count >= KEYWORD_PICTURES)
+    if not queries:
+        raise ValueError(f"expected keywords of {KEYWORD_PICTURES} pictures each, got none among {len(test)} pictures")
+    relevant = torch.tensor([[word in words for words in keywords] for word in queries])
+    embeds = embed_texts(model, processor.tokenizer, [f"a picture of {word}" for word in queries])
+    return {
+        "pictures": len(test),
+        "keywords": len(queries),
+        "precision_at_5": precision_at_k(embeds, embed_rows(model, processor, test), relevant, KEYWORD_PICTURES),
+        "floor_precision_at_5": relevant.float().mean().item(),
+    }
+
+
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None, help="folder of a model; the bundled florence-nano if left out")
@@ -137,6 +159,7 @@ def main(argv: list[str] | None = None) -> dict:
         "b_unseen_concepts_noto": sort_pictures(model, processor, train, only(unseen, style="noto"), subgroups),
         "b_unseen_concepts_all_styles": sort_pictures(model, processor, train, unseen, subgroups),
         "c_clipart": retrieve_clipart(model, processor, clipart),
+        "d_keywords_noto": find_by_keyword(model, processor, only(style, style="noto"), names),
     }
     result = {
         part: {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}

@@ -81,6 +81,7 @@ class PretrainArguments:
     augmentation_ramp: float = 0.4  # part of the run over which augmentation grows from nothing to full strength
     small_part: float = 0.6  # first part of the run, with pictures of half the side and texts of two thirds the length
     category_batches: float = 0.1  # part of the batches whose texts and labels are categories
+    keyword_batches: float = 0.15  # part of the batches whose texts and labels are single keywords
     stored_size: int = 80  # side of the pictures in memory, pixels
     context_length: int = 24  # tokens
     precision: str = "auto"  # auto: bfloat16 where the processor has it; float32; bfloat16
@@ -106,9 +107,12 @@ class PretrainArguments:
                 raise ValueError(f"{field.name}: expected a text, got {value!r}")
         if self.seed >= 1 << 31:
             raise ValueError(f"seed: expected less than 2 to the power of 31, got {self.seed}")
-        for name in ("category_batches", "small_part"):
+        for name in ("category_batches", "keyword_batches", "small_part"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name}: expected a part from 0 to 1, got {getattr(self, name)}")
+        if self.category_batches + self.keyword_batches > 1:
+            got = self.category_batches + self.keyword_batches
+            raise ValueError(f"category_batches and keyword_batches: expected at most 1 together, got {got}")
 
 
 def parse_arguments(argv: list[str]) -> PretrainArguments:
@@ -170,22 +174,41 @@ class Batches:
         """Side of the pictures at a step, in pixels."""
         return self.full_side // 2 if self.is_small(step) else self.full_side
 
+    def draw_names(self, step: int, rng: np.random.Generator) -> tuple[np.ndarray, list[str], torch.Tensor]:
+        """Rows in the epoch's order, a text of each, and the numbers of their names."""
+        epoch, position = divmod(step, self.per_epoch)
+        size = self.arguments.batch_size
+        order = np.random.default_rng([self.arguments.seed, 1 << 32, epoch]).permutation(len(self.corpus))
+        rows = order[position * size : (position + 1) * size]
+        return rows, [self.corpus.draw_text(row, DRAWING_TEMPLATES, rng) for row in rows], self.corpus.labels[rows]
+
+    def draw_categories(self, rng: np.random.Generator) -> tuple[np.ndarray, list[str], torch.Tensor] | None:
+        """Rows, the words of their categories and the categories' numbers; None if too few rows have one."""
+        if len(self.with_category) < self.arguments.batch_size:
+            return None
+        rows = rng.choice(self.with_category, size=self.arguments.batch_size, replace=False)
+        texts = [self.corpus.draw_category_text(row, DRAWING_TEMPLATES, rng) for row in rows]
+        return rows, texts, self.corpus.categories[rows]
+
+    def draw_keywords(self, rng: np.random.Generator) -> tuple[np.ndarray, list[str], torch.Tensor] | None:
+        """Rows, a keyword of each and the keywords' numbers; None if there are too few."""
+        rows, numbers = self.corpus.draw_keyword_rows(self.arguments.batch_size, rng)
+        if len(rows) < self.arguments.batch_size:
+            return None
+        texts = [self.corpus.draw_keyword_text(number, DRAWING_TEMPLATES, rng) for number in numbers]
+        return rows, texts, torch.from_numpy(numbers)
+
     def __call__(self, step: int) -> dict[str, torch.Tensor | bool | None]:
         """Inputs of `ContrastivePretraining` at a step."""
         arguments, corpus = self.arguments, self.corpus
         side, small = self.side(step), self.is_small(step)
         rng = np.random.default_rng([arguments.seed, step])
-        by_category = len(self.with_category) >= arguments.batch_size and rng.random() < arguments.category_batches
-        if by_category:
-            rows = rng.choice(self.with_category, size=arguments.batch_size, replace=False)
-            texts = [corpus.draw_category_text(row, DRAWING_TEMPLATES, rng) for row in rows]
-            labels = corpus.categories[rows]
-        else:
-            epoch, position = divmod(step, self.per_epoch)
-            order = np.random.default_rng([arguments.seed, 1 << 32, epoch]).permutation(len(corpus))
-            rows = order[position * arguments.batch_size : (position + 1) * arguments.batch_size]
-            texts = [corpus.draw_text(row, DRAWING_TEMPLATES, rng) for row in rows]
-            labels = corpus.labels[rows]
+        kind, wider = rng.random(), None
+        if kind < arguments.category_batches:
+            wider = self.draw_categories(rng)
+        elif kind < arguments.category_batches + arguments.keyword_batches:
+            wider = self.draw_keywords(rng)
+        rows, texts, labels = wider or self.draw_names(step, rng)
         strength = min(1.0, step / max(1.0, arguments.augmentation_ramp * arguments.steps))
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
         pixels = BatchAugmentation(size=side)(corpus.pixels[rows].to(self.device).float() / 255, generator, strength)
@@ -202,7 +225,7 @@ class Batches:
             "attention_mask": tokens["attention_mask"],
             "labels": labels.to(self.device),
             "class_labels": class_labels,
-            "align_texts": not by_category,
+            "align_texts": wider is None,
         }
 
 
@@ -300,6 +323,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     processor = build_processor(arguments, corpus, config)
     model = FlorenceModel(config)
+    if accelerator.device.type == "cpu":  # PyTorch's fused attention goes backwards slowly there: a quarter of a step
+        model.set_attn_implementation({"text_config": "eager"})
     sources = rows["source"] if "source" in rows.column_names else ["emoji"] * len(corpus)
     names = sorted({name for name, source in zip(corpus.names, sources, strict=True) if source == "emoji"})
     style = held_out_style(arguments, names)

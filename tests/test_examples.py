@@ -65,6 +65,7 @@ def options(corpus: Path, output: Path, **changes) -> list[str]:
         "batch_size": BATCH,
         "warmup_steps": 2,
         "category_batches": 0.3,
+        "keyword_batches": 0.2,
         "stored_size": 32,
         "context_length": 16,
         "precision": "float32",
@@ -373,7 +374,7 @@ def test_every_step_draws_anew(batches, monkeypatch):
 
 
 def test_an_epoch_shows_every_picture_once_in_another_order_each_time(batches, monkeypatch):
-    make = batches(category_batches=0)
+    make = batches(category_batches=0, keyword_batches=0)
     monkeypatch.setattr(make.corpus, "labels", torch.arange(64))
     epochs = [torch.cat([make(4 * epoch + step)["labels"] for step in range(4)]) for epoch in range(3)]
     for epoch in epochs:
@@ -382,7 +383,7 @@ def test_an_epoch_shows_every_picture_once_in_another_order_each_time(batches, m
 
 
 def test_labels_are_names_categories_or_the_pairs_themselves(batches):
-    make = batches(category_batches=0, context_length=96)  # so that no text is cut
+    make = batches(category_batches=0, keyword_batches=0, context_length=96)  # so that no text is cut
     decode = make.tokenizer.batch_decode
     named = make(0)
     texts = decode(named["input_ids"], skip_special_tokens=True)
@@ -390,20 +391,20 @@ def test_labels_are_names_categories_or_the_pairs_themselves(batches):
         names = {make.corpus.names[row] for row in (make.corpus.labels == label).nonzero()[:, 0].tolist()}
         assert len(names) == 1 and names.pop() in " ".join(text.split())
 
-    grouped = batches(category_batches=1, context_length=96)(0)
+    grouped = batches(category_batches=1, keyword_batches=0, context_length=96)(0)
     texts = decode(grouped["input_ids"], skip_special_tokens=True)
     words = dict(zip(make.corpus.categories.tolist(), make.corpus.category_names, strict=True))
     for label, text in zip(grouped["labels"].tolist(), texts, strict=True):
         wanted = {template.format(words[label]) for template in DRAWING_TEMPLATES}
         assert "".join(text.split()) in {"".join(sentence.split()) for sentence in wanted}
 
-    paired = batches(category_batches=0, context_length=96, objective="clip")(0)
+    paired = batches(category_batches=0, keyword_batches=0, context_length=96, objective="clip")(0)
     assert torch.equal(paired["labels"], torch.arange(BATCH))
     assert torch.equal(paired["pixel_values"], named["pixel_values"]), "the objective changes nothing but the labels"
 
 
 def test_the_classifier_learns_names_whatever_the_batch_is_labelled_by(batches, monkeypatch):
-    make = batches(category_batches=1)
+    make = batches(category_batches=1, keyword_batches=0)
     record_augmentation(monkeypatch, lambda pixels: pixels)
     rows_as_colors = torch.arange(64, dtype=torch.uint8).view(64, 1, 1, 1).expand(-1, 3, 32, 32)
     monkeypatch.setattr(make.corpus, "pixels", rows_as_colors)
@@ -424,9 +425,31 @@ def test_the_first_part_has_smaller_pictures_and_shorter_texts(batches):
 
 
 def test_without_enough_categories_every_batch_is_of_names(batches):
-    make = batches(category_batches=1)
+    make = batches(category_batches=1, keyword_batches=0)
     make.with_category = make.with_category[: BATCH - 1]
     assert len(set(make(0)["labels"].tolist())) > len(set(make.corpus.category_names))
+
+
+def test_keyword_batches_say_a_keyword_of_each_picture_and_no_other_picture_has_it(batches, monkeypatch):
+    make = batches(category_batches=0, keyword_batches=1, context_length=96)
+    record_augmentation(monkeypatch, lambda pixels: pixels)
+    rows_as_colors = torch.arange(64, dtype=torch.uint8).view(64, 1, 1, 1).expand(-1, 3, 32, 32)
+    monkeypatch.setattr(make.corpus, "pixels", rows_as_colors)
+    words = ["round", "square", "flat", "deep"]
+    make.corpus.keywords = [[words[row % 4]] for row in range(64)]
+    make.corpus.keyword_names = words
+    make.corpus.keyword_rows = {word: np.arange(place, 64, 4) for place, word in enumerate(words)}
+    batch = make(0)
+    rows = ((batch["pixel_values"] * make.std + make.mean)[:, 0, 0, 0] * 255).round().long()
+    assert batch["labels"].tolist() == [row % 4 for row in rows.tolist()]
+    assert torch.equal(batch["class_labels"], make.corpus.labels[rows]) and batch["align_texts"] is False
+    texts = make.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
+    for label, text in zip(batch["labels"].tolist(), texts, strict=True):
+        wanted = {template.format(words[label]) for template in DRAWING_TEMPLATES}
+        assert "".join(text.split()).lower() in {"".join(sentence.split()).lower() for sentence in wanted}
+
+    make.corpus.keyword_names, make.corpus.keyword_rows = words[:3], dict(list(make.corpus.keyword_rows.items())[:3])
+    assert make(0)["align_texts"] is True, "with too few keywords for a batch, it is one of names"
 
 
 def test_augmentation_grows_over_its_ramp(batches, monkeypatch):
@@ -474,6 +497,8 @@ def test_the_shipped_recipe_is_complete():
         ("warmup_steps: -1\n", "warmup_steps: expected an integer >= 0, got -1"),
         ("learning_rate: .nan\n", "learning_rate: expected a finite number >= 0, got nan"),
         ("weight_decay: -0.1\n", "weight_decay: expected a finite number >= 0"),
+        ("keyword_batches: 1.01\n", "keyword_batches: expected a part from 0 to 1, got 1.01"),
+        ("category_batches: 0.6\nkeyword_batches: 0.5\n", "expected at most 1 together, got 1.1"),
         ("category_batches: 1.5\n", "category_batches: expected a part from 0 to 1, got 1.5"),
         ("seed: -1\n", "seed: expected an integer >= 0"),
         ("seed: 5000000000\n", "seed: expected less than 2 to the power of 31"),
@@ -505,16 +530,17 @@ def report(run, corpus, tmp_path_factory) -> dict:
     return result
 
 
-def test_the_evaluation_reports_all_five_parts(report):
+def test_the_evaluation_reports_all_its_parts(report):
     assert list(report) == [
         "a_seen_concepts_noto",
         "a_seen_concepts_noto_v1",
         "b_unseen_concepts_noto",
         "b_unseen_concepts_all_styles",
         "c_clipart",
+        "d_keywords_noto",
     ]
     counts = {
-        part: (row["pictures"], row.get("names") or row.get("subgroups") or row.get("texts"))
+        part: (row["pictures"], row.get("names") or row.get("subgroups") or row.get("texts") or row.get("keywords"))
         for part, row in report.items()
     }
     assert counts == {
@@ -523,6 +549,7 @@ def test_the_evaluation_reports_all_five_parts(report):
         "b_unseen_concepts_noto": (3, 6),
         "b_unseen_concepts_all_styles": (10, 6),
         "c_clipart": (22, 22),
+        "d_keywords_noto": (21, 4),
     }
     for row in report.values():
         numbers = {key: value for key, value in row.items() if isinstance(value, float)}

@@ -21,7 +21,9 @@ from transformers_florence import (
     load_bundled,
     load_checkpoint,
     loading,
+    verify_checkpoint,
 )
+from transformers_florence.integrity import MANIFEST
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -35,7 +37,8 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copy(whole, tmp_path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "copy"))
+    """Without a manifest, so that what was changed is seen by its own light and not by its digest."""
+    return Path(shutil.copytree(whole, tmp_path / "copy", ignore=shutil.ignore_patterns(MANIFEST)))
 
 
 def change_weights(folder: Path, **changes) -> None:
@@ -64,6 +67,9 @@ def test_a_checkpoint_in_shards_loads(whole, tmp_path):
     assert torch.equal(model.logit_scale, FlorenceModel.from_pretrained(whole).logit_scale)
     shard = sorted(tmp_path.glob("*.safetensors"))[1]
     shard.unlink()
+    with pytest.raises(ValueError, match=f"missing: {shard.name}"):
+        load_checkpoint(FlorenceModel, tmp_path)
+    (tmp_path / MANIFEST).unlink()
     with pytest.raises(ValueError, match=f"missing are: .*{shard.name}"):
         load_checkpoint(FlorenceModel, tmp_path)
 
@@ -91,6 +97,14 @@ def test_keywords_reach_the_configuration(whole):
         ({"logit_scale": torch.tensor(math.nan)}, "not finite: logit_scale"),
         ({"visual_projection__weight": torch.full((12, 16), -math.inf)}, "not finite: visual_projection.weight"),
         ({"logit_scale": None, "other": torch.ones(1)}, "missing: logit_scale; unexpected: other"),
+        ({"logit_scale": torch.tensor(2)}, r"another dtype: logit_scale \(I64\)"),
+        ({"logit_scale": torch.tensor(True)}, r"another dtype: logit_scale \(BOOL\)"),
+        ({"logit_scale": torch.tensor(2.0, dtype=torch.float64)}, r"another dtype: logit_scale \(F64\)"),
+        ({"logit_scale": torch.tensor(2.0).to(torch.float8_e4m3fn)}, r"another dtype: logit_scale \(F8_E4M3\)"),
+        (
+            {"logit_scale": torch.tensor(2), "text_model__extra": torch.ones(1), "visual_projection__weight": None},
+            "missing: visual_projection.weight; unexpected: text_model.extra; of another dtype: logit_scale",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_listed(copy, changes, message):
@@ -98,6 +112,42 @@ def test_weights_that_do_not_fit_are_listed(copy, changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_checkpoint(FlorenceModel, copy)
     assert str(copy) in str(caught.value)
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+def test_weights_may_be_stored_in_half_precision(copy, stored):
+    """One of them, or all: the model computes in what its configuration says."""
+    change_weights(copy, logit_scale=torch.tensor(2.0, dtype=stored))
+    model = load_checkpoint(FlorenceModel, copy)
+    assert model.logit_scale.item() == 2.0 and model.dtype == model.logit_scale.dtype == torch.float32
+
+
+def test_double_precision_is_right_where_the_configuration_says_so(whole, tmp_path):
+    FlorenceModel.from_pretrained(whole).double().save_pretrained(tmp_path)
+    assert load_checkpoint(FlorenceModel, tmp_path).dtype == torch.float64
+    assert load_checkpoint(FlorenceModel, tmp_path, dtype=torch.float32).dtype == torch.float32
+
+
+def test_a_weight_in_two_files_is_refused(whole, tmp_path):
+    FlorenceModel.from_pretrained(whole).save_pretrained(tmp_path, max_shard_size="60KB")
+    (tmp_path / MANIFEST).unlink()
+    first, second = (load_file(file) for file in sorted(tmp_path.glob("*.safetensors")))
+    name = next(iter(first))
+    save_file({**second, name: first[name] + 1}, sorted(tmp_path.glob("*.safetensors"))[1], {"format": "pt"})
+    with pytest.raises(ValueError, match=f"stored twice: {name}$"):
+        load_checkpoint(FlorenceModel, tmp_path)
+
+
+def test_a_manifest_is_verified_where_there_is_one(whole, tmp_path):
+    """The change of one bit of one weight, which nothing else could notice."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    verify_checkpoint(tmp_path)
+    weights = (tmp_path / WEIGHTS).read_bytes()
+    (tmp_path / WEIGHTS).write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    with pytest.raises(ValueError, match=f"changed: {WEIGHTS}"):
+        load_checkpoint(FlorenceModel, tmp_path)
+    (tmp_path / MANIFEST).unlink()
+    load_checkpoint(FlorenceModel, tmp_path)
 
 
 def test_a_tower_passes_over_other_parts_and_nothing_else(copy):
@@ -138,7 +188,16 @@ def test_a_pickle_is_never_read(copy):
         load_checkpoint(FlorenceModel, copy)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"weight_map": 3}',
+        '{"weight_map": {"a": 3}}',
+        '{"weight_map": {"a": "../whole/model.safetensors"}}',
+    ],
+)
 def test_a_damaged_index_is_named(copy, content):
     (copy / WEIGHTS).unlink()
     (copy / INDEX).write_text(content, "utf-8")

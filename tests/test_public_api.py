@@ -57,9 +57,12 @@ PUBLIC = {
     "FlorenceVisionConfig": None,
     "FlorenceVisionModel": "(config, *, add_final_norm=True)",
     "bundled_checkpoint": "(name='florence-nano')",
+    "create_model_card": "(model, name, *, results=(), description='', **metadata)",
     "load_bundled": "(name='florence-nano', **kwargs)",
     "load_checkpoint": "(model_class, path, *, new=(), **kwargs)",
     "unicl_loss": "(image_embeds, text_embeds, labels, logit_scale, reduction='mean')",
+    "verify_checkpoint": "(folder)",
+    "write_manifest": "(folder)",
 }
 FORWARD = {
     "FlorenceModel": "(self, input_ids=None, pixel_values=None, attention_mask=None, position_ids=None, labels=None, "

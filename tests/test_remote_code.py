@@ -83,6 +83,7 @@ def test_only_what_is_needed_travels(folder):
         "image_checks",
         "image_processing_florence",
         "image_processing_shared",
+        "integrity",
         "layers",
         "losses_contrastive",
         "modeling_florence",

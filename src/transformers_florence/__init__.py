@@ -17,8 +17,10 @@ from transformers import (
 from .configuration_florence import FlorenceConfig, FlorenceTextConfig, FlorenceVisionConfig
 from .image_processing_florence import FlorenceImageProcessor
 from .image_processing_pil_florence import FlorenceImageProcessorPil
+from .integrity import verify_checkpoint, write_manifest
 from .loading import bundled_checkpoint, load_bundled, load_checkpoint
 from .losses_contrastive import unicl_loss
+from .model_card import create_model_card
 from .modeling_florence import FlorenceForImageClassification, FlorenceModel, FlorenceOutput
 from .modeling_florence_text import FlorenceTextModel
 from .modeling_florence_vision import FlorenceBackbone, FlorenceVisionModel
@@ -66,7 +68,10 @@ __all__ = [
     "FlorenceVisionConfig",
     "FlorenceVisionModel",
     "bundled_checkpoint",
+    "create_model_card",
     "load_bundled",
     "load_checkpoint",
     "unicl_loss",
+    "verify_checkpoint",
+    "write_manifest",
 ]

@@ -362,6 +362,8 @@ class FlorenceConfig(PreTrainedConfig):
 
     model_type = "florence"
     sub_configs_defaults = {"vision_config": FlorenceVisionConfig, "text_config": FlorenceTextConfig}
+    # What transformers' Trainer does not collect over an evaluation set: every token's state, and the temperature.
+    keys_to_ignore_at_inference = ["logit_scale", "text_model_output", "vision_model_output"]
 
     vision_config: dict | FlorenceVisionConfig | None = None
     text_config: dict | FlorenceTextConfig | None = None

@@ -19,6 +19,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs
 
 from .image_checks import flatten_pictures, picture_name, read_picture
+from .integrity import ManifestMixin
 
 
 class FlorenceImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # seen as an untyped class
@@ -91,7 +92,7 @@ def check_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return settings | {"image_mean": mean, "image_std": std, "matte": tuple(map(int, matte))}
 
 
-class PictureDoor(BaseImageProcessor):
+class PictureDoor(ManifestMixin, BaseImageProcessor):
     """What both backends share: the defaults of UniCL's evaluation, the checks, and the reading of pictures."""
 
     valid_kwargs = FlorenceImageProcessorKwargs

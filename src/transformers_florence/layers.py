@@ -20,10 +20,13 @@ HAS_FAST_CONVOLUTION = platform.machine() in ("x86_64", "AMD64") and torch.backe
 
 
 def runs_at_once_on_cpu(tensor: torch.Tensor) -> bool:
-    """Whether operations on this tensor are run now, on the CPU: the only case that the detours below are for.
+    """Whether torch runs operations on this tensor now, on the CPU: the only case that the detours below are for.
 
-    `torch.compile` and `torch.export` see one plain path, in which the batch can stay symbolic.
+    `torch.compile` and `torch.export` see one plain path, in which the batch can stay symbolic; so do tensors of other
+    kinds (quantised weights, shards), which know a linear layer and its few operations, but not what replaces them.
     """
+    if type(tensor) not in (torch.Tensor, nn.Parameter):
+        return False
     return tensor.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
@@ -50,7 +53,7 @@ class Linear(nn.Linear):
             or self.weight.dtype != torch.float32
             or hidden_states.ndim < 3
             or hidden_states.shape[-1] != self.in_features  # `F.linear` says so, a reshape would take it
-            or not runs_at_once_on_cpu(hidden_states)
+            or not (runs_at_once_on_cpu(hidden_states) and runs_at_once_on_cpu(self.weight))
             or torch.is_autocast_enabled("cpu")
         ):
             return super().forward(hidden_states)

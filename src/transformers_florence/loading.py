@@ -3,6 +3,7 @@
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,19 +12,26 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoProcessor, PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from .integrity import MANIFEST, verify_checkpoint
 from .modeling_florence import FlorenceModel
 
 BUNDLED = Path(__file__).parent / "checkpoints"
 # Under these a dual encoder keeps its parts; a tower passes over the other parts of a dual encoder's checkpoint.
 DUAL_ENCODER_PARTS = ("vision_model.", "text_model.", "visual_projection.", "text_projection.", "logit_scale")
+# What a weight may be stored in, beside the dtype that config.json names: no integers, no float8 without its scales.
+STORED_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+CONFIG_DTYPES = {**STORED_DTYPES, "float64": "F64"}
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-def check_config_file(folder: Path, model_class: type) -> None:
+def check_config_file(folder: Path, model_class: type) -> dict[str, Any]:
     """See that `config.json` is there and holds a configuration of `model_class`, or of a model that has one inside.
 
     Without this, `from_pretrained` would build the class's default model first, large or not.
+
+    Returns:
+        Its fields.
 
     Raises:
         ValueError: it is missing, corrupt, or of another kind of model.
@@ -40,6 +48,7 @@ def check_config_file(folder: Path, model_class: type) -> None:
             f"expected a checkpoint of {model_class.__name__} (model_type {config_class.model_type!r}), "
             f"got {folder} with model_type {kind!r}"
         )
+    return fields
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -55,6 +64,8 @@ def weight_files(folder: Path) -> list[Path]:
         raise ValueError(f"expected {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME} in {folder}, got neither")
     try:
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        if any(Path(name).name != name for name in names):
+            raise ValueError("it names files outside of its folder")
         files = [folder / name for name in names]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"expected an index of weight files, got {index}, which is corrupt: {error!r}") from error
@@ -64,26 +75,31 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def check_weight_files(folder: Path) -> None:
-    """Open every weight file and read its table of contents.
+def stored_dtypes(folder: Path) -> list[tuple[str, str]]:
+    """Name and dtype, as safetensors calls it ("F32"), of each tensor in the tables of contents of a checkpoint.
 
     Raises:
         ValueError: a file is missing, truncated or no safetensors file; the message names it.
     """
+    dtypes = []
     for file in weight_files(folder):
         try:
             with safe_open(file, "pt") as weights:
-                weights.keys()
+                dtypes += [(name, weights.get_slice(name).get_dtype()) for name in weights.keys()]  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ValueError(f"expected whole weights, got {file}, which is truncated or corrupt: {error}") from error
+    return dtypes
 
 
 def load_checkpoint(
     model_class: type[Model], path: str | os.PathLike, *, new: tuple[str, ...] = (), **kwargs: Any
 ) -> Model:
-    """`model_class.from_pretrained(path)`, but every weight must be there, fit, be known and be finite.
+    """`model_class.from_pretrained(path)`, but every weight must be there, once, fit, be known and be finite.
 
-    Only safetensors files are read, never pickles.
+    Only safetensors files are read, never pickles. A folder with a manifest is verified against it first, see
+    `verify_checkpoint`. Weights may be stored in float16, bfloat16, float32 or the dtype that `config.json` names, in
+    any mixture; the model gets the one that `config.json` or `dtype` asks for. Anything else (integers, float64 where
+    the configuration says float32) would be converted in silence, and is refused.
 
     Args:
         model_class: a model class of this package, or one of transformers' Auto classes.
@@ -96,14 +112,18 @@ def load_checkpoint(
         The model, in evaluation mode.
 
     Raises:
-        ValueError: no such folder; `config.json` missing, corrupt or of another kind of model; a weight file missing
-            or corrupt; or weights that are missing, unexpected, of another shape, or not finite, all in one message.
+        ValueError: no such folder; files that are not those of the manifest; `config.json` missing, corrupt or of
+            another kind of model; a weight file missing or corrupt; or weights that are missing, unexpected, stored
+            twice, of another shape or dtype, or not finite, all in one message.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"expected the folder of a checkpoint, got {str(path)!r}: no such folder")
-    check_config_file(folder, model_class)
-    check_weight_files(folder)
+    if (folder / MANIFEST).is_file():
+        verify_checkpoint(folder)
+    fields = check_config_file(folder, model_class)
+    stored = stored_dtypes(folder)
+    allowed = {*STORED_DTYPES.values(), CONFIG_DTYPES.get(str(fields.get("dtype")))}
     try:
         model, info = model_class.from_pretrained(
             folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -115,6 +135,8 @@ def load_checkpoint(
     complaints = {
         "missing": [name for name in info["missing_keys"] if not name.startswith(new)],
         "unexpected": [name for name in info["unexpected_keys"] if not name.startswith(foreign)],
+        "stored twice": [name for name, count in Counter(name for name, _ in stored).items() if count > 1],
+        "of another dtype": [f"{name} ({dtype})" for name, dtype in stored if dtype not in allowed],
         "of another shape": [
             f"{name} (expected {tuple(expected)}, got {tuple(got)})" for name, got, expected in info["mismatched_keys"]
         ],

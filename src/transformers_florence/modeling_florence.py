@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple, maybe_autocast
 
 from .configuration_florence import FlorenceConfig, FlorenceVisionConfig
+from .integrity import ManifestMixin
 from .losses_contrastive import unicl_loss
 from .modeling_florence_text import FlorenceTextModel
 from .modeling_florence_vision import FlorenceVisionModel, FlorenceVisionPreTrainedModel
@@ -51,7 +52,7 @@ class FlorenceOutput(ModelOutput):
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
-class FlorencePreTrainedModel(PreTrainedModel):
+class FlorencePreTrainedModel(ManifestMixin, PreTrainedModel):
     """Loading, saving and initialisation of everything that holds both towers."""
 
     config: FlorenceConfig
@@ -261,7 +262,7 @@ class FlorenceForImageClassification(FlorenceVisionPreTrainedModel):
 
 
 def _vision_config_for_classification(config: FlorenceConfig) -> FlorenceVisionConfig:
-    """The image tower's configuration with the labels, dtype and attention that were set on the dual encoder's."""
+    """The image tower's configuration with what was set on the dual encoder's: labels, dtype, outputs and so on."""
     vision = config.vision_config
     fields = {
         "id2label": config.id2label,
@@ -270,6 +271,9 @@ def _vision_config_for_classification(config: FlorenceConfig) -> FlorenceVisionC
         "dtype": config.dtype,
         "attn_implementation": vision._attn_implementation,
     }
+    for name in ("gradient_checkpointing", "output_attentions", "output_hidden_states"):
+        if getattr(config, name, False):
+            fields[name] = True
     return FlorenceVisionConfig(**{**vision.to_dict(), **fields})
 
 

@@ -11,6 +11,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_florence import FlorenceTextConfig
+from .integrity import ManifestMixin
 
 
 def check_input_ids(input_ids: torch.Tensor | None, config: FlorenceTextConfig) -> torch.Tensor:
@@ -47,18 +48,18 @@ def pool_at_first_eos(
     Padding with the end token, as CLIP's tokenizer does, is therefore harmless. A text that was cut before its end
     token is pooled at the last token that `attention_mask` shows.
     """
-    is_eos = (input_ids == eos_token_id).int()
+    is_eos = input_ids == eos_token_id
     if attention_mask is None or attention_mask.ndim != 2:
-        last = torch.full_like(is_eos[:, 0], input_ids.shape[1] - 1)
+        last = torch.full_like(input_ids[:, 0], input_ids.shape[1] - 1, dtype=torch.int64)
     else:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        last = (positions * (attention_mask != 0)).argmax(dim=1).to(is_eos.dtype)
-    position = torch.where(is_eos.any(dim=1), is_eos.argmax(dim=1).to(is_eos.dtype), last)
+        last = (positions * (attention_mask != 0)).argmax(dim=1)
+    position = torch.where(is_eos.any(dim=1), is_eos.int().argmax(dim=1), last)
     rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
     return hidden_states[rows, position.to(hidden_states.device)]
 
 
-class FlorenceTextModel(CLIPTextModel):
+class FlorenceTextModel(ManifestMixin, CLIPTextModel):
     """Florence's text tower without a head; texts of any padded length up to the context length.
 
     Keys are those of `transformers.CLIPTextModel`.

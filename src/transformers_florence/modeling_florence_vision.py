@@ -16,6 +16,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_florence import FlorenceVisionConfig
+from .integrity import ManifestMixin
 from .layers import (
     ConvEmbed,
     DropPath,
@@ -217,7 +218,7 @@ class CoSwinEncoder(nn.Module):
         return hidden_states
 
 
-class FlorenceVisionPreTrainedModel(PreTrainedModel):
+class FlorenceVisionPreTrainedModel(ManifestMixin, PreTrainedModel):
     """Loading, saving and initialisation of everything that is an image tower."""
 
     config: FlorenceVisionConfig
@@ -324,7 +325,8 @@ class FlorenceVisionModel(FlorenceVisionPreTrainedModel):
 class FlorenceBackbone(BackboneMixin, FlorenceVisionPreTrainedModel):
     """The image tower as a backbone: a layer norm behind each stage that `config.out_features` names.
 
-    Detectors want `window_padding="pad"`, the convention of detection's Swin.
+    Detectors want `window_padding="pad"`, the convention of detection's Swin. Load folders by this class itself, and
+    everything in offline mode: `AutoBackbone.from_pretrained` first asks the Hub whether it has such a repository.
     """
 
     # The tower's own final norm, and what else a dual encoder or a classifier holds.

@@ -6,8 +6,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
+from .integrity import ManifestMixin
 
-class FlorenceProcessor(ProcessorMixin):
+
+class FlorenceProcessor(ManifestMixin, ProcessorMixin):
     """An image processor and a tokenizer as one: saved, loaded and called together.
 
     Texts are padded to the longest of the batch and cut to the context length unless the call says otherwise.

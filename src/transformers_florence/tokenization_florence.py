@@ -10,6 +10,8 @@ from transformers import BatchEncoding, CLIPTokenizer
 from transformers.tokenization_utils_base import LARGE_INTEGER
 from transformers.utils import logging
 
+from .integrity import ManifestMixin
+
 logger = logging.get_logger(__name__)
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
@@ -22,7 +24,7 @@ def base_vocabulary() -> list[str]:
     return alphabet + [symbol + WORD_END for symbol in alphabet]
 
 
-class FlorenceTokenizer(CLIPTokenizer):
+class FlorenceTokenizer(ManifestMixin, CLIPTokenizer):
     """CLIP's tokenizer with one difference: without a word on `truncation`, texts are cut to `model_max_length`.
 
     A text that is cut keeps its end token. The first cut to `model_max_length` logs one warning; who chooses a

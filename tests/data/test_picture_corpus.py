@@ -249,6 +249,45 @@ def test_a_category_is_drawn_in_templates():
     assert texts == {template.format("pets, animals") for template in TEMPLATES}
 
 
+def test_general_words_are_keywords_of_several_labels():
+    names = ["a", "b", "c", "d", "d", "d", "d"]
+    corpus = corpus_of(names, keywords=[["Pet"], ["pet", "soft"], ["PET "], ["pet"], ["soft"], ["soft"], ["soft"]])
+    assert corpus.keyword_names == ["pet"], "four pictures of one name are not four labels; case is no difference"
+    assert corpus.keyword_rows["pet"].tolist() == [0, 1, 2, 3]
+    texts = {corpus.draw_keyword_text(0, TEMPLATES, np.random.default_rng(seed)) for seed in range(30)}
+    assert texts == {template.format("pet") for template in TEMPLATES}
+
+
+def test_no_drawn_row_has_the_keyword_of_another():
+    rng = np.random.default_rng(0)
+    words = [f"k{index}" for index in range(30)]
+    keywords = [rng.choice(words, size=3, replace=False).tolist() for _ in range(200)]
+    corpus = corpus_of([f"n{index}" for index in range(200)], keywords=keywords)
+    drawn = set()
+    for seed in range(40):
+        rows, labels = corpus.draw_keyword_rows(18, np.random.default_rng(seed))
+        assert 0 < len(rows) == len(labels) == len(set(rows.tolist())) <= 18
+        used = {corpus.keyword_names[label] for label in labels}
+        for row, label in zip(rows.tolist(), labels.tolist(), strict=True):
+            assert used & set(keywords[row]) == {corpus.keyword_names[label]}
+        drawn |= used
+        again = corpus.draw_keyword_rows(18, np.random.default_rng(seed))
+        assert np.array_equal(rows, again[0]) and np.array_equal(labels, again[1])
+    assert drawn == set(words)
+
+
+def test_common_keywords_come_more_often():
+    names = [f"n{index}" for index in range(100)]
+    corpus = corpus_of(names, keywords=[["common"] if index < 80 else ["rare"] for index in range(100)])
+    first = [corpus.draw_keyword_rows(1, np.random.default_rng(seed))[1][0] for seed in range(400)]
+    assert np.mean([corpus.keyword_names[label] == "common" for label in first]) == pytest.approx(0.8, abs=0.06)
+
+
+def test_without_general_words_nothing_is_drawn():
+    rows, labels = corpus_of(["a", "b"]).draw_keyword_rows(4, np.random.default_rng(0))
+    assert rows.tolist() == labels.tolist() == []
+
+
 def test_the_generator_decides_the_texts(train_rows):
     corpus = PictureCorpus(train_rows, size=8, progress=False)
 

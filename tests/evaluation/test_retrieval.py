@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from transformers_florence.evaluation.retrieval import recall_at_k
+from transformers_florence.evaluation.retrieval import precision_at_k, recall_at_k
 
 
 def unit(count: int, dim: int, seed: int) -> torch.Tensor:
@@ -26,6 +26,17 @@ def test_recall_equals_a_loop(k, share):
     queries, gallery = unit(30, 6, seed=1), unit(12, 6, seed=2)
     relevant = torch.rand(30, 12, generator=torch.Generator().manual_seed(3)) < share
     assert recall_at_k(queries, gallery, relevant, k) == pytest.approx(slow_recall(queries, gallery, relevant, k))
+
+
+@pytest.mark.parametrize("k", [1, 5, 12])
+def test_precision_equals_a_loop(k):
+    queries, gallery = unit(30, 6, seed=1), unit(12, 6, seed=2)
+    relevant = torch.rand(30, 12, generator=torch.Generator().manual_seed(3)) < 0.4
+    hits = 0
+    for query, wanted in zip(queries.tolist(), relevant.tolist(), strict=True):
+        scores = [sum(a * b for a, b in zip(query, item, strict=True)) for item in gallery.tolist()]
+        hits += sum(wanted[index] for index in sorted(range(12), key=lambda index: -scores[index])[:k])
+    assert precision_at_k(queries, gallery, relevant, k) == pytest.approx(hits / 30 / k)
 
 
 def test_each_finds_itself_and_recall_never_falls_with_k():

@@ -16,6 +16,7 @@ from ..image_processing_pil_florence import FlorenceImageProcessorPil
 from .prompts import fill_template
 
 SPLITS = ("train", "test_style", "test_concept", "test_clipart")
+KEYWORD_PICTURES = 4  # rows of one keyword in a batch of keywords
 
 
 def load_split(folder: str | Path, split: str):
@@ -69,6 +70,8 @@ class PictureCorpus:
         pixels: (rows, 3, size, size), uint8.
         labels: (rows,), int64: rows whose `name` is the same text have the same number (the paper's hash table).
         categories: (rows,), int64: the same for the category, -1 where a row has none.
+        keyword_names: the general words, as `normalize_text` makes them: keywords of at least `KEYWORD_PICTURES`
+            labels.
     """
 
     def __init__(self, rows, *, size: int, progress: bool = True) -> None:
@@ -97,6 +100,16 @@ class PictureCorpus:
         numbers = torch.tensor(number_texts(self.category_names))
         has_category = torch.tensor([bool(name) for name in self.category_names])
         self.categories = torch.where(has_category, numbers, -1)
+        rows_of: dict[str, list[int]] = {}
+        for row, keywords in enumerate(self.keywords):
+            for keyword in {normalize_text(keyword): None for keyword in keywords}:
+                rows_of.setdefault(keyword, []).append(row)
+        self.keyword_rows = {
+            keyword: np.array(found)
+            for keyword, found in rows_of.items()
+            if len(self.labels[found].unique()) >= KEYWORD_PICTURES
+        }
+        self.keyword_names = list(self.keyword_rows)
 
     @staticmethod
     def _column(rows, name: str, default):
@@ -131,6 +144,41 @@ class PictureCorpus:
     def draw_category_text(self, row: int, templates: Sequence[str], rng: np.random.Generator) -> str:
         """The row's category in a random template."""
         return fill_template(templates[int(rng.integers(len(templates)))], self.category_names[row])
+
+    def draw_keyword_rows(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Rows, and of each the number of one of its keywords in `keyword_names`; no row has the keyword of another.
+
+        A keyword comes with `KEYWORD_PICTURES` rows; the more rows of the corpus have it, the likelier it comes.
+        Rows of one label must be all that the text is true of, or the loss would push the text away from pictures
+        that it describes: whoever has a keyword that is in the batch can only be there for it.
+
+        Returns:
+            (drawn,) and (drawn,), int64: `count` rows, or as many as there are without such a contradiction.
+        """
+        weights = np.array([len(rows) for rows in self.keyword_rows.values()])
+        free = np.ones(len(self), dtype=bool)
+        used: set[str] = set()  # keywords of the rows that are drawn
+        rows: list[int] = []
+        labels: list[int] = []
+        # An exponential race: the order of weighted draws without replacement.
+        for label in np.argsort(rng.exponential(size=len(weights)) / weights):
+            keyword = self.keyword_names[label]
+            candidates = self.keyword_rows[keyword]
+            candidates = candidates[free[candidates]]
+            if keyword in used or len(candidates) < KEYWORD_PICTURES:
+                continue
+            picked = rng.choice(candidates, size=KEYWORD_PICTURES, replace=False)[: count - len(rows)].tolist()
+            rows += picked
+            labels += [int(label)] * len(picked)
+            free[self.keyword_rows[keyword]] = False
+            used.update(normalize_text(word) for row in picked for word in self.keywords[row])
+            if len(rows) == count:
+                break
+        return np.array(rows, dtype=np.int64), np.array(labels, dtype=np.int64)
+
+    def draw_keyword_text(self, label: int, templates: Sequence[str], rng: np.random.Generator) -> str:
+        """The keyword of a number in a random template."""
+        return fill_template(templates[int(rng.integers(len(templates)))], self.keyword_names[label])
 
 
 def number_texts(texts: Sequence[str]) -> list[int]:

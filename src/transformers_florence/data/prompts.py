@@ -4,7 +4,12 @@
 DRAWING_TEMPLATES: tuple[str, ...] = (
     "{}",
     "{}.",
+    "a {}",
+    "the {}",
     "a picture of {}",
+    "a picture of a {}",
+    "a photo of a {}",
+    "This is a photo of {}.",
     "a drawing of {}",
     "an emoji of {}",
     "the emoji {}",
