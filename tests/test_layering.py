@@ -23,6 +23,7 @@ FLOORS = {
     "window_ops": 0,
     "box_ops": 0,
     "image_checks": 0,
+    "import_hook": 0,
     "integrity": 0,
     "losses_contrastive": 1,
     "losses_detection": 1,
@@ -47,7 +48,8 @@ FLOORS = {
     "data": 6,
     "evaluation": 7,  # prompts and readers come from data
     "training": 7,
-    "__init__": 8,
+    "registration": 8,
+    "__init__": 9,
 }
 
 # Modules whose loading runs code from the file, and calls that do the same.

@@ -1,77 +1,58 @@
-"""Florence (Yuan et al., 2021) for Hugging Face Transformers: public names, and registration with its Auto classes."""
+"""Florence (Yuan et al., 2021) for Hugging Face Transformers: public names, and registration with its Auto classes.
 
+Importing the package costs next to nothing: a public name is imported when it is first asked for, and the Auto
+classes know Florence as soon as they are imported themselves. What editors and type checkers read is `__init__.pyi`.
+"""
+
+import importlib
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
-from transformers import (
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    AutoBackbone,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForZeroShotImageClassification,
-    AutoProcessor,
-    AutoTokenizer,
-)
+from .import_hook import ImportHook
 
-from .configuration_florence import FlorenceConfig, FlorenceTextConfig, FlorenceVisionConfig
-from .image_processing_florence import FlorenceImageProcessor
-from .image_processing_pil_florence import FlorenceImageProcessorPil
-from .integrity import verify_checkpoint, write_manifest
-from .loading import bundled_checkpoint, load_bundled, load_checkpoint
-from .losses_contrastive import unicl_loss
-from .model_card import create_model_card
-from .modeling_florence import FlorenceForImageClassification, FlorenceModel, FlorenceOutput
-from .modeling_florence_text import FlorenceTextModel
-from .modeling_florence_vision import FlorenceBackbone, FlorenceVisionModel
-from .processing_florence import FlorenceProcessor
-from .tokenization_florence import FlorenceTokenizer
+PUBLIC = {  # by the module that defines them
+    "configuration_florence": ["FlorenceConfig", "FlorenceTextConfig", "FlorenceVisionConfig"],
+    "image_processing_florence": ["FlorenceImageProcessor"],
+    "image_processing_pil_florence": ["FlorenceImageProcessorPil"],
+    "integrity": ["verify_checkpoint", "write_manifest"],
+    "loading": ["bundled_checkpoint", "load_bundled", "load_checkpoint"],
+    "losses_contrastive": ["unicl_loss"],
+    "model_card": ["create_model_card"],
+    "modeling_florence": ["FlorenceForImageClassification", "FlorenceModel", "FlorenceOutput"],
+    "modeling_florence_text": ["FlorenceTextModel"],
+    "modeling_florence_vision": ["FlorenceBackbone", "FlorenceVisionModel"],
+    "processing_florence": ["FlorenceProcessor"],
+    "tokenization_florence": ["FlorenceTokenizer"],
+}
+MODULES = {name: module for module, names in PUBLIC.items() for name in names}
+# Every Auto class imports this; so do all of transformers' models and pipelines.
+AUTO_CLASSES = "transformers.models.auto.configuration_auto"
 
 try:
     __version__ = version("transformers_florence")
 except PackageNotFoundError:  # imported from a source tree that was never installed
     __version__ = "0+unknown"
 
-for _config in (FlorenceConfig, FlorenceVisionConfig, FlorenceTextConfig):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-AutoModel.register(FlorenceConfig, FlorenceModel, exist_ok=True)
-AutoModel.register(FlorenceVisionConfig, FlorenceVisionModel, exist_ok=True)
-AutoModel.register(FlorenceTextConfig, FlorenceTextModel, exist_ok=True)
-AutoModelForZeroShotImageClassification.register(FlorenceConfig, FlorenceModel, exist_ok=True)
-AutoModelForImageClassification.register(FlorenceVisionConfig, FlorenceForImageClassification, exist_ok=True)
-# A dual encoder's checkpoint starts a classifier too, but `AutoModelForImageClassification.register` takes one config.
-MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.register(FlorenceConfig, FlorenceForImageClassification, exist_ok=True)
-AutoBackbone.register(FlorenceVisionConfig, FlorenceBackbone, exist_ok=True)
-for _config in (FlorenceConfig, FlorenceVisionConfig):
-    AutoImageProcessor.register(
-        _config,
-        image_processor_classes={"torchvision": FlorenceImageProcessor, "pil": FlorenceImageProcessorPil},
-        exist_ok=True,
-    )
-AutoProcessor.register(FlorenceConfig, FlorenceProcessor, exist_ok=True)
-# Not for FlorenceConfig: pipelines that need no text would then make up a tokenizer for folders without one. A folder
-# that has one names its class in tokenizer_config.json.
-AutoTokenizer.register(FlorenceTextConfig, tokenizer_class=FlorenceTokenizer, exist_ok=True)
 
-__all__ = [
-    "FlorenceBackbone",
-    "FlorenceConfig",
-    "FlorenceForImageClassification",
-    "FlorenceImageProcessor",
-    "FlorenceImageProcessorPil",
-    "FlorenceModel",
-    "FlorenceOutput",
-    "FlorenceProcessor",
-    "FlorenceTextConfig",
-    "FlorenceTextModel",
-    "FlorenceTokenizer",
-    "FlorenceVisionConfig",
-    "FlorenceVisionModel",
-    "bundled_checkpoint",
-    "create_model_card",
-    "load_bundled",
-    "load_checkpoint",
-    "unicl_loss",
-    "verify_checkpoint",
-    "write_manifest",
-]
+def __getattr__(name: str) -> Any:
+    """A public name, or one of the package's modules, imported now."""
+    if name in MODULES:
+        value = getattr(importlib.import_module(f"{__name__}.{MODULES[name]}"), name)
+        globals()[name] = value  # the next look-up does not come here
+        return value
+    if name in PUBLIC:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *MODULES, *PUBLIC})
+
+
+def _register() -> None:
+    importlib.import_module(f"{__name__}.registration").register()
+
+
+ImportHook(AUTO_CLASSES, ("transformers", __name__), _register).install()
+
+__all__ = sorted(MODULES)

@@ -106,7 +106,7 @@ def load_checkpoint(
         path: the folder of a checkpoint on this machine.
         new: beginnings of the names of weights that the checkpoint may lack, such as `("classifier.",)` for a head
             that is yet to be trained.
-        kwargs: what `from_pretrained` takes, such as `dtype` and `attn_implementation`.
+        kwargs: what `from_pretrained` takes, such as `dtype`, `attn_implementation` and `quantization_config`.
 
     Returns:
         The model, in evaluation mode.
@@ -140,7 +140,11 @@ def load_checkpoint(
         "of another shape": [
             f"{name} (expected {tuple(expected)}, got {tuple(got)})" for name, got, expected in info["mismatched_keys"]
         ],
-        "not finite": [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()],
+        "not finite": [  # quantised weights, of classes of their own, are integers
+            name
+            for name, tensor in model.state_dict().items()
+            if type(tensor) is torch.Tensor and not torch.isfinite(tensor).all()
+        ],
     }
     found = [f"{kind}: {', '.join(sorted(names))}" for kind, names in complaints.items() if names]
     if found:

@@ -20,6 +20,7 @@ from transformers_florence import (
     FlorenceTextModel,
     FlorenceVisionModel,
     bundled_checkpoint,
+    load_checkpoint,
 )
 from transformers_florence.evaluation.zero_shot import build_zero_shot_classifier, embed_pixels, top_k_accuracy
 from transformers_florence.training.lora import LORA_TARGETS
@@ -98,7 +99,7 @@ def quantised(model_class: type[PreTrainedModel], folder: str | Path) -> PreTrai
     """Loaded with int8 weights, each row with a scale of its own, and with the last layers as they are."""
     torchao = pytest.importorskip("torchao.quantization", reason="needs torchao: pip install torchao")
     config = TorchAoConfig(torchao.Int8WeightOnlyConfig(version=2), modules_to_not_convert=LAST_LAYERS)
-    return model_class.from_pretrained(folder, quantization_config=config)
+    return load_checkpoint(model_class, folder, quantization_config=config)
 
 
 def is_int8(weight: torch.Tensor) -> bool:

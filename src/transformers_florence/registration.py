@@ -1,0 +1,50 @@
+"""Registration with transformers' Auto classes, so that a folder's `config.json` alone says which class it needs."""
+
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+    AutoTokenizer,
+)
+
+from .configuration_florence import FlorenceConfig, FlorenceTextConfig, FlorenceVisionConfig
+from .image_processing_florence import FlorenceImageProcessor
+from .image_processing_pil_florence import FlorenceImageProcessorPil
+from .modeling_florence import FlorenceForImageClassification, FlorenceModel
+from .modeling_florence_text import FlorenceTextModel
+from .modeling_florence_vision import FlorenceBackbone, FlorenceVisionModel
+from .processing_florence import FlorenceProcessor
+from .tokenization_florence import FlorenceTokenizer
+
+
+def register() -> None:
+    """Tell the Auto classes which of ours belong to which configuration; a second call changes nothing."""
+    for config in (FlorenceConfig, FlorenceVisionConfig, FlorenceTextConfig):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(FlorenceConfig, FlorenceModel, exist_ok=True)
+    AutoModel.register(FlorenceVisionConfig, FlorenceVisionModel, exist_ok=True)
+    AutoModel.register(FlorenceTextConfig, FlorenceTextModel, exist_ok=True)
+    AutoModelForZeroShotImageClassification.register(FlorenceConfig, FlorenceModel, exist_ok=True)
+    AutoModelForImageClassification.register(FlorenceVisionConfig, FlorenceForImageClassification, exist_ok=True)
+    # A dual encoder's checkpoint starts a classifier too, but `AutoModelForImageClassification.register` takes one
+    # config.
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.register(FlorenceConfig, FlorenceForImageClassification, exist_ok=True)
+    AutoBackbone.register(FlorenceVisionConfig, FlorenceBackbone, exist_ok=True)
+    for config in (FlorenceConfig, FlorenceVisionConfig):
+        AutoImageProcessor.register(
+            config,
+            image_processor_classes={"torchvision": FlorenceImageProcessor, "pil": FlorenceImageProcessorPil},
+            exist_ok=True,
+        )
+    AutoProcessor.register(FlorenceConfig, FlorenceProcessor, exist_ok=True)
+    # Not for FlorenceConfig: pipelines that need no text would then make up a tokenizer for folders without one. A
+    # folder that has one names its class in tokenizer_config.json.
+    AutoTokenizer.register(FlorenceTextConfig, tokenizer_class=FlorenceTokenizer, exist_ok=True)
+
+
+__all__ = ["register"]
