@@ -7,7 +7,8 @@ Every tower is Swin-T with the same random weights; that all four give the same 
 lives in a process of its own, as it does for a user: what one leaves behind in the memory allocator is no help and no
 burden to another. The processes run in turns, one tower after the other in every round while the others wait, so that
 a busy machine slows all of them alike; the table holds medians. Processor time is the second clock, which other
-programs hardly touch. Memory is how far the first runs raise the process's resident set above its size before them.
+programs hardly touch. Memory is how far the first runs raise the resident set of yet another process above its size
+before them: one of its own, because the measurement empties the allocator's lists, which slows what runs next.
 """
 
 import argparse
@@ -41,6 +42,7 @@ PRECISIONS = ("float32", "bfloat16", "autocast")
 TOLERANCE = 1e-4
 MATRIX_SIDE = 2048
 MEMORY_RUNS = 2
+WARM_UPS = 3
 MATRIX = "matmul"  # the process that multiplies two matrices, beside those of the towers
 PAUSE = 0.05  # seconds before a run: the threads of the process before it stop waiting for more work
 
@@ -245,18 +247,20 @@ def measure_memory(run: Callable[[], None]) -> float:
 
 
 def serve(options: argparse.Namespace) -> None:
-    """Life of a child process: tells its memory, then runs once for each line it gets and tells the two clocks."""
+    """Life of a child process: tells its memory and ends, or runs once for each line it gets and tells two clocks."""
     mode, precision = options.modes[0], options.precisions[0]
     if options.serve == MATRIX:
         run = matrix_product(precision)
-        run()
-        memory = float("nan")
     else:
         built, pixel_values = build_tower(options.serve, random_weights()), pictures(options)
         make_run(built, "forward", precision, pixel_values[:1])()  # loads the code of the libraries, some 100 MiB
         run = make_run(built, mode, precision, pixel_values)
-        memory = measure_memory(run)
-    print(memory, flush=True)
+        if options.memory:
+            print(measure_memory(run))
+            return
+    for _ in range(WARM_UPS):
+        run()
+    print("ready", flush=True)
     for _ in sys.stdin:
         wall, processor = time.perf_counter(), time.process_time()
         run()
@@ -267,41 +271,44 @@ class Child:
     """A tower in a process of its own, which runs when it is told to."""
 
     def __init__(self, tower: str, mode: str, precision: str, options: argparse.Namespace) -> None:
-        command = [sys.executable, __file__, "--serve", tower, "--modes", mode, "--precisions", precision]
-        command += [f"--batch={options.batch}", f"--size={options.size}", f"--threads={options.threads}"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.memory = float("nan")
+        self.command = [sys.executable, __file__, "--serve", tower, "--modes", mode, "--precisions", precision]
+        self.command += [f"--batch={options.batch}", f"--size={options.size}", f"--threads={options.threads}"]
         self.seconds: list[tuple[float, float]] = []
 
-    def wait(self) -> None:
-        """Until it has built its tower and measured its memory."""
-        (self.memory,) = self.answer()
+    def memory(self) -> float:
+        """MiB, of a process that does nothing else."""
+        return float(subprocess.run([*self.command, "--memory"], capture_output=True, text=True, check=True).stdout)
 
-    def answer(self) -> list[float]:
+    def start(self) -> None:
+        """Until it has built its tower and warmed up."""
+        self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.answer()
+
+    def answer(self) -> list[str]:
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{' '.join(self.process.args)} ended with code {self.process.wait()}")
-        return [float(word) for word in line.split()]
+            raise RuntimeError(f"{' '.join(self.command)} ended with code {self.process.wait()}")
+        return line.split()
 
     def run(self) -> None:
         self.process.stdin.write("run\n")
         self.process.stdin.flush()
         wall, processor = self.answer()
-        self.seconds.append((wall, processor))
+        self.seconds.append((float(wall), float(processor)))
 
     def close(self) -> Clock:
         """Ends the process. Returns its medians."""
         self.process.stdin.close()
         self.process.wait()
-        return Clock(*map(statistics.median, zip(*self.seconds[1:], strict=True)))  # the first run does not count
+        return Clock(*map(statistics.median, zip(*self.seconds, strict=True)))
 
 
 def interleave(children: dict[str, Child], rounds: int, label: str) -> dict[str, Clock]:
     """Time all children in turns; each round starts with another one."""
     names = list(children)
     for child in children.values():
-        child.wait()
-    for index in tqdm(range(rounds + 1), desc=label, leave=False):
+        child.start()
+    for index in tqdm(range(rounds), desc=label, leave=False):
         for name in names[index % len(names) :] + names[: index % len(names)]:
             time.sleep(PAUSE)
             children[name].run()
@@ -325,6 +332,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--serve", choices=(*TOWERS, MATRIX), help="be the process of one tower; for this script's use"
     )
+    parser.add_argument("--memory", action="store_true", help="with --serve: measure memory and end")
     return parser.parse_args()
 
 
@@ -349,6 +357,7 @@ def main() -> None:
         for mode in options.modes:
             label = f"{precision} {mode}"
             children = {name: Child(name, mode, precision, options) for name in (MATRIX, *towers)}
+            memory = {name: children[name].memory() for name in tqdm(towers, desc=f"{label}, memory", leave=False)}
             clocks = interleave(children, options.rounds, label)
             rate = 2 * MATRIX_SIDE**3 / clocks[MATRIX].wall
             peers = [clocks[name] for name in towers if name != OURS] or [clocks[OURS]]
@@ -360,7 +369,7 @@ def main() -> None:
                     f"| {clock.processor / options.batch * 1e3:.1f} "
                     f"| {min(peer.wall for peer in peers) / clock.wall:.2f} "
                     f"| {min(peer.processor for peer in peers) / clock.processor:.2f} "
-                    f"| {children[name].memory:.0f} | {share:.0%} |",
+                    f"| {memory[name]:.0f} | {share:.0%} |",
                     flush=True,
                 )
 

@@ -102,8 +102,8 @@ def test_linear_is_torchs_however_it_is_computed(monkeypatch, shape, bias, fast)
         assert all(gradient.shape == one.shape for gradient, one in zip(gradients, inputs, strict=True))
 
 
-def test_linear_takes_the_convolution_for_float32_grids_only(monkeypatch):
-    """Half and double precision, vectors and autocast go the plain way; so does what a compiler traces."""
+def test_linear_takes_the_convolution_where_it_is_faster(monkeypatch):
+    """Double precision, vectors, autocast, and bfloat16 from many channels go the plain way; so does a compiler."""
     monkeypatch.setattr(layers, "HAS_FAST_CONVOLUTION", True)
     taken = []
     conv2d = F.conv2d
@@ -114,11 +114,24 @@ def test_linear_takes_the_convolution_for_float32_grids_only(monkeypatch):
     layer(torch.randn(3, 8))
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(torch.randn(2, 3, 8)).dtype == torch.bfloat16
-    for dtype in (torch.bfloat16, torch.float64):
+    for dtype in (torch.float16, torch.float64):
         assert layer.to(dtype)(torch.randn(2, 3, 8, dtype=dtype)).dtype == dtype
+    wide = Linear(512, 8).to(torch.bfloat16)
+    assert wide(torch.randn(2, 3, 512, dtype=torch.bfloat16)).dtype == torch.bfloat16
     exported = torch.export.export(layer.float(), (torch.randn(2, 3, 8),))
     assert not any("conv" in str(node.target) for node in exported.graph.nodes)
     assert len(taken) == 1
+    assert layer.to(torch.bfloat16)(torch.randn(2, 3, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert len(taken) == 2
+
+
+def test_linear_in_bfloat16_rounds_once(monkeypatch):
+    """Products and bias are added up in more digits than the result has, which is the nearest to the exact one."""
+    monkeypatch.setattr(layers, "HAS_FAST_CONVOLUTION", True)
+    layer = randomize(Linear(96, 64)).to(torch.bfloat16)
+    grid = torch.randn(2, 7, 5, 96, dtype=torch.bfloat16)
+    exact = grid.double() @ layer.weight.double().T + layer.bias.double()
+    assert_close(layer(grid).double(), exact, rtol=torch.finfo(torch.bfloat16).eps / 2, atol=1e-5)
 
 
 def test_linear_refuses_another_width(monkeypatch):

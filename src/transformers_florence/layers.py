@@ -15,8 +15,9 @@ from .configuration_florence import FlorenceVisionConfig
 # How many numbers a layer's widest intermediate may have on the CPU: few enough for the caches and for the memory
 # allocator to keep their place, enough for full speed of the matrix products. What was tried: benchmarks/README.md.
 SLICE_ELEMENTS = 5 * 2**19
-# On x86, oneDNN's float32 convolution beats the matrix library that `F.linear` calls: see `Linear`.
+# On x86, oneDNN's convolution beats what `F.linear` calls, up to so many input channels: see `Linear`.
 HAS_FAST_CONVOLUTION = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+CONVOLUTION_CHANNELS = {torch.float32: math.inf, torch.bfloat16: 256}
 
 
 def runs_at_once_on_cpu(tensor: torch.Tensor) -> bool:
@@ -39,18 +40,19 @@ def pictures_at_a_time(hidden_states: torch.Tensor, width: int) -> int:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`; a float32 grid on an x86 CPU goes through the same product as a convolution of 1 x 1.
+    """`nn.Linear`; a grid on an x86 CPU goes through the same product as a convolution of 1 x 1.
 
     `F.linear` first copies the bias to every row of its result and adds the product to it. oneDNN's convolution adds
-    the bias while the result is in registers, and is 3 to 10 percent faster at the product itself.
+    the bias while the result is in registers. In float32 it is 3 to 10 percent faster at the product itself; in
+    bfloat16 the bias is all there is to save, which counts where few channels come in.
     """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden_states: (..., in_features) -> (..., out_features)."""
         if (
             not HAS_FAST_CONVOLUTION
-            or hidden_states.dtype != torch.float32
-            or self.weight.dtype != torch.float32
+            or self.in_features > CONVOLUTION_CHANNELS.get(self.weight.dtype, 0)
+            or hidden_states.dtype != self.weight.dtype
             or hidden_states.ndim < 3
             or hidden_states.shape[-1] != self.in_features  # `F.linear` says so, a reshape would take it
             or not (runs_at_once_on_cpu(hidden_states) and runs_at_once_on_cpu(self.weight))
