@@ -25,7 +25,6 @@ from transformers_florence import (
     FlorenceProcessor,
     unicl_loss,
 )
-from transformers_florence.modeling_florence import MAX_LOG_SCALE
 
 from .key_tables import (
     CLIP_TEXT,
@@ -106,6 +105,7 @@ def unicl_config(conversion: Conversion, settings: dict[str, Any]) -> FlorenceCo
         },
         projection_dim=conversion.shape("visual_projection.weight", 2)[0],
         logit_scale_init_value=1.0,
+        max_logit_scale=None,  # UniCL lets it grow
     )
 
 
@@ -118,11 +118,7 @@ def convert(tensors: Tensors, settings: dict[str, Any], origin: str | Path) -> t
         ValueError: see `unicl_config` and `build_model`.
     """
     conversion = apply_table(tensors, TABLE, origin)
-    model = build_model(FlorenceModel, unicl_config(conversion, settings), conversion)
-    if model.logit_scale > MAX_LOG_SCALE:  # UniCL lets it grow
-        factor = math.exp(MAX_LOG_SCALE - model.logit_scale.item())
-        conversion.notes.append(f"logit_scale: above the model's bound, logits are {factor:.3f} of UniCL's")
-    return model, conversion
+    return build_model(FlorenceModel, unicl_config(conversion, settings), conversion), conversion
 
 
 def convert_file(source: str | Path, output: str | Path, tokenizer: str) -> Conversion:

@@ -93,7 +93,8 @@ BAD_PAIR: dict[str, list[Any]] = {
     "vision_config": [[], [VISION], 1, "tiny", True, FlorenceTextConfig(), PreTrainedConfig(), FlorenceVisionConfig],
     "text_config": [[], 1, "tiny", FlorenceVisionConfig()],
     "projection_dim": [0, -512, True, 512.0, "512", None, BOMB],
-    "logit_scale_init_value": [NAN, INF, -INF, 200, -100, "2.6592", None, True],
+    "logit_scale_init_value": [NAN, INF, -INF, 200, -100, 4.7, "2.6592", None, True],
+    "max_logit_scale": [NAN, INF, 0, -1, 1e5, "100", True],
     "loss_reduction": ["", "none", "Mean", None, 1],
     "dtype": ["float33"],
     "attn_implementation": ["evil/kernel", {"text_config": "evil/kernel"}],
@@ -254,14 +255,16 @@ def test_text_configurations_come_back_equal(fields):
     text_fields(),
     st.integers(1, 4096),
     st.floats(-5, 4.6),
+    st.sampled_from([100.0, 1000, None]),
     st.sampled_from(["mean", "sum"]),
 )
-def test_composite_configurations_come_back_equal(vision, text, projection_dim, logit_scale, reduction):
+def test_composite_configurations_come_back_equal(vision, text, projection_dim, logit_scale, bound, reduction):
     config = FlorenceConfig(
         vision_config=vision,
         text_config=FlorenceTextConfig(**text),
         projection_dim=projection_dim,
         logit_scale_init_value=logit_scale,
+        max_logit_scale=bound,
         loss_reduction=reduction,
     )
     assert_round_trip(config)

@@ -55,6 +55,8 @@ FLOORS = {
 # Modules whose loading runs code from the file, and calls that do the same.
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 CODE_RUNNERS = {"eval", "exec", "builtins.eval", "builtins.exec", "torch.hub.load", "pandas.read_pickle"}
+UNPICKLERS = {"torch.serialization.add_safe_globals", "torch.serialization.safe_globals"}
+PLAIN_UNPICKLER = "conversion/reading.py"  # lets in classes of dictionaries, and makes plain ones of them
 YAML_SAFE = {"yaml.safe_load", "yaml.safe_load_all"}
 
 PRIVATE_PATH = re.compile(
@@ -171,6 +173,8 @@ def unsafe_complaints(source: str, name: str) -> list[str]:
         }
         if called in CODE_RUNNERS:
             complaints.append(f"{line}: runs its argument as code")
+        if called in UNPICKLERS and name != PLAIN_UNPICKLER:
+            complaints.append(f"{line}: lets torch.load build more than tensors")
         if re.fullmatch(r"yaml\.\w*load\w*", called) and called not in YAML_SAFE:
             complaints.append(f"{line}: only yaml.safe_load")
         if called == "torch.load" and "weights_only" not in constants:
@@ -287,6 +291,8 @@ def test_an_imported_script_is_noticed(source: str):
         "import torch\ntorch.load('a.pt', weights_only=False)",
         "import torch\ntorch.load('a.pt', weights_only=safe)",
         "import torch\ntorch.load('a.pt', **options)",
+        "import torch\ntorch.serialization.add_safe_globals([Evil])",
+        "from torch.serialization import safe_globals\nwith safe_globals([Evil]):\n    pass",
         "import torch\ntorch.hub.load('owner/name', 'model')",
         "import yaml\nyaml.load(stream, Loader=yaml.SafeLoader)",
         "import yaml\nyaml.unsafe_load(stream)",

@@ -147,13 +147,16 @@ def test_bad_input_is_refused(inputs, message):
         tiny_model()(**inputs)
 
 
-def test_the_temperature_stops_at_one_hundred():
-    model = tiny_model()
+@pytest.mark.parametrize(
+    ("bound", "reached"), [({}, 100.0), ({"max_logit_scale": 20}, 20.0), ({"max_logit_scale": None}, math.exp(7))]
+)
+def test_the_temperature_stops_at_its_bound(bound, reached):
+    model = tiny_model(**bound)
     with torch.no_grad():
         model.logit_scale.fill_(7.0)
     output = model(pixel_values=random_pixels(2), **random_texts(2))
-    assert_close(output.logit_scale.item(), 100.0)
-    assert_close(output.logits_per_image, 100 * output.image_embeds @ output.text_embeds.T)
+    assert_close(output.logit_scale.item(), reached)
+    assert_close(output.logits_per_image, output.logit_scale * output.image_embeds @ output.text_embeds.T)
 
 
 def test_half_precision_keeps_logits_and_loss_in_single(tmp_path):

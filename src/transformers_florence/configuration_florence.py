@@ -5,6 +5,7 @@ Every configuration is checked when it is built, before a single weight is alloc
 `ValueError` that names the field, what was expected and what came.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -349,6 +350,8 @@ class FlorenceConfig(PreTrainedConfig):
         text_config: a `FlorenceTextConfig`, or the fields of one as a dictionary.
         projection_dim: width of the shared space.
         logit_scale_init_value: start value of the logarithm of the temperature (ln(1/0.07) in CLIP, 1 in UniCL).
+        max_logit_scale: what the learnt factor on the cosine similarities may reach at most (100 in CLIP), or None for
+            no bound (UniCL).
         loss_reduction: `"mean"` is UniCL's pseudo-code (mean over the batch and over both directions), `"sum"`
             is the Florence paper's equations 1 to 3 (sum over the batch and over both directions).
 
@@ -369,6 +372,7 @@ class FlorenceConfig(PreTrainedConfig):
     text_config: dict | FlorenceTextConfig | None = None
     projection_dim: int = 512
     logit_scale_init_value: float | int = 2.6592
+    max_logit_scale: float | int | None = 100.0
     loss_reduction: str = "mean"
 
     __eq__ = _same_file
@@ -387,7 +391,11 @@ class FlorenceConfig(PreTrainedConfig):
             if isinstance(value, dict) and value.get("model_type", config_class.model_type) != config_class.model_type:
                 _fail(f"{name}.model_type", repr(config_class.model_type), value["model_type"])
         _check_int("projection_dim", self.projection_dim, high=1 << 16)
-        _check_float("logit_scale_init_value", self.logit_scale_init_value, -10, 4.6052)
+        if self.max_logit_scale is not None:
+            _check_float("max_logit_scale", self.max_logit_scale, 0, 1e4, open_low=True)
+        bound = math.log(1e4 if self.max_logit_scale is None else self.max_logit_scale)
+        highest = math.ceil(bound * 1e4) / 1e4  # a logarithm rounded to four digits passes
+        _check_float("logit_scale_init_value", self.logit_scale_init_value, -10, highest)
         _check_choice("loss_reduction", self.loss_reduction, ("mean", "sum"))
 
     @classmethod

@@ -20,7 +20,6 @@ from .losses_contrastive import unicl_loss
 from .modeling_florence_text import FlorenceTextModel
 from .modeling_florence_vision import FlorenceVisionModel, FlorenceVisionPreTrainedModel
 
-MAX_LOG_SCALE = math.log(100.0)  # CLIP's bound on the learnt temperature
 IGNORED_LABEL = -100  # cross entropy's mark of a picture without a class
 
 
@@ -169,7 +168,10 @@ class FlorenceModel(FlorencePreTrainedModel):
         scale_dtype = torch.promote_types(
             self.logit_scale.dtype, torch.float32
         )  # bfloat16 would round it by up to 0.4 %
-        logit_scale = self.logit_scale.to(scale_dtype).clamp(max=MAX_LOG_SCALE).exp()
+        logit_scale = self.logit_scale.to(scale_dtype)
+        if self.config.max_logit_scale is not None:
+            logit_scale = logit_scale.clamp(max=math.log(self.config.max_logit_scale))
+        logit_scale = logit_scale.exp()
         logits_per_image = loss = None
         if image_embeds is not None and text_embeds is not None:
             # Half precision would round a logit of 100 by up to 0.25, and so would a trainer's autocast.

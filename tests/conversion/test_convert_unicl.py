@@ -1,5 +1,6 @@
 """UniCL's checkpoints in every layout: the same numbers from our model, or one error that lists what does not fit."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -346,9 +347,11 @@ def test_a_folder_with_something_in_it_is_left_alone(unicl: UniCL, tokenizer: st
     assert list(tmp_path.iterdir()) == [source]
 
 
-def test_a_temperature_above_the_bound_is_told(unicl: UniCL):
-    _, conversion = convert(unicl.tensors() | {"logit_scale": torch.tensor(4.7)}, SETTINGS, "here")
-    assert "note           logit_scale: above the model's bound, logits are 0.910 of UniCL's" in str(conversion)
+def test_the_temperature_has_no_bound(unicl: UniCL):
+    """CLIP's is one hundred, whose logarithm is 4.6; UniCL has none."""
+    model, _ = convert(unicl.tensors() | {"logit_scale": torch.tensor(4.7)}, SETTINGS, "here")
+    output = model(pixel_values=torch.rand(1, 3, 32, 32))
+    assert output.logit_scale.item() == pytest.approx(math.exp(4.7))
 
 
 @pytest.mark.parametrize("arguments", [[], ["a.pth"], ["a.pth", "out"], ["--tokenizer", "folder"]])
