@@ -45,7 +45,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PUBLIC = {
     "FlorenceBackbone": "(config)",
     "FlorenceConfig": None,  # fields, see test_configuration_florence.py
+    "FlorenceDetectionConfig": None,  # fields, see test_configuration_florence_detection.py
+    "FlorenceDetectionImageProcessor": "(**kwargs)",
     "FlorenceForImageClassification": "(config)",
+    "FlorenceForObjectDetection": "(config)",
     "FlorenceImageProcessor": "(**kwargs)",
     "FlorenceImageProcessorPil": "(**kwargs)",
     "FlorenceModel": "(config)",
@@ -70,6 +73,7 @@ FORWARD = {
     "FlorenceVisionModel": "(self, pixel_values=None, **kwargs)",
     "FlorenceTextModel": "(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs)",
     "FlorenceForImageClassification": "(self, pixel_values=None, labels=None, **kwargs)",
+    "FlorenceForObjectDetection": "(self, pixel_values=None, pixel_mask=None, labels=None, **kwargs)",
     "FlorenceBackbone": "(self, pixel_values, **kwargs)",
     "FlorenceProcessor": "(self, images=None, text=None, **kwargs)",
 }

@@ -35,6 +35,7 @@ class Tester:
         self.entry = entry
         config = entry.config()
         text = config.get_text_config()
+        text = text if hasattr(text, "num_hidden_layers") else config.vision_config  # a detector
         self.num_hidden_layers = text.num_hidden_layers
         self.hidden_size = text.hidden_size
         self.num_attention_heads = text.num_attention_heads

@@ -12,13 +12,16 @@ from .import_hook import ImportHook
 
 PUBLIC = {  # by the module that defines them
     "configuration_florence": ["FlorenceConfig", "FlorenceTextConfig", "FlorenceVisionConfig"],
+    "configuration_florence_detection": ["FlorenceDetectionConfig"],
     "image_processing_florence": ["FlorenceImageProcessor"],
+    "image_processing_florence_detection": ["FlorenceDetectionImageProcessor"],
     "image_processing_pil_florence": ["FlorenceImageProcessorPil"],
     "integrity": ["verify_checkpoint", "write_manifest"],
     "loading": ["bundled_checkpoint", "load_bundled", "load_checkpoint"],
     "losses_contrastive": ["unicl_loss"],
     "model_card": ["create_model_card"],
     "modeling_florence": ["FlorenceForImageClassification", "FlorenceModel", "FlorenceOutput"],
+    "modeling_florence_detection": ["FlorenceForObjectDetection"],
     "modeling_florence_text": ["FlorenceTextModel"],
     "modeling_florence_vision": ["FlorenceBackbone", "FlorenceVisionModel"],
     "processing_florence": ["FlorenceProcessor"],

@@ -1,7 +1,9 @@
 from .configuration_florence import FlorenceConfig as FlorenceConfig
 from .configuration_florence import FlorenceTextConfig as FlorenceTextConfig
 from .configuration_florence import FlorenceVisionConfig as FlorenceVisionConfig
+from .configuration_florence_detection import FlorenceDetectionConfig as FlorenceDetectionConfig
 from .image_processing_florence import FlorenceImageProcessor as FlorenceImageProcessor
+from .image_processing_florence_detection import FlorenceDetectionImageProcessor as FlorenceDetectionImageProcessor
 from .image_processing_pil_florence import FlorenceImageProcessorPil as FlorenceImageProcessorPil
 from .integrity import verify_checkpoint as verify_checkpoint
 from .integrity import write_manifest as write_manifest
@@ -13,6 +15,7 @@ from .model_card import create_model_card as create_model_card
 from .modeling_florence import FlorenceForImageClassification as FlorenceForImageClassification
 from .modeling_florence import FlorenceModel as FlorenceModel
 from .modeling_florence import FlorenceOutput as FlorenceOutput
+from .modeling_florence_detection import FlorenceForObjectDetection as FlorenceForObjectDetection
 from .modeling_florence_text import FlorenceTextModel as FlorenceTextModel
 from .modeling_florence_vision import FlorenceBackbone as FlorenceBackbone
 from .modeling_florence_vision import FlorenceVisionModel as FlorenceVisionModel

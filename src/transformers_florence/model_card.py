@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from .modeling_florence import FlorenceForImageClassification, FlorenceModel
+from .modeling_florence_detection import FlorenceForObjectDetection
 from .modeling_florence_text import FlorenceTextModel
 from .modeling_florence_vision import FlorenceBackbone, FlorenceVisionModel
 
@@ -15,6 +16,7 @@ from .modeling_florence_vision import FlorenceBackbone, FlorenceVisionModel
 PIPELINE_TAGS: dict[type[PreTrainedModel], str] = {
     FlorenceModel: "zero-shot-image-classification",
     FlorenceForImageClassification: "image-classification",
+    FlorenceForObjectDetection: "object-detection",
     FlorenceVisionModel: "image-feature-extraction",
     FlorenceBackbone: "image-feature-extraction",
     FlorenceTextModel: "feature-extraction",

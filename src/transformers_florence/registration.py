@@ -7,15 +7,19 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
+    AutoModelForObjectDetection,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
     AutoTokenizer,
 )
 
 from .configuration_florence import FlorenceConfig, FlorenceTextConfig, FlorenceVisionConfig
+from .configuration_florence_detection import FlorenceDetectionConfig
 from .image_processing_florence import FlorenceImageProcessor
+from .image_processing_florence_detection import FlorenceDetectionImageProcessor
 from .image_processing_pil_florence import FlorenceImageProcessorPil
 from .modeling_florence import FlorenceForImageClassification, FlorenceModel
+from .modeling_florence_detection import FlorenceForObjectDetection
 from .modeling_florence_text import FlorenceTextModel
 from .modeling_florence_vision import FlorenceBackbone, FlorenceVisionModel
 from .processing_florence import FlorenceProcessor
@@ -24,7 +28,7 @@ from .tokenization_florence import FlorenceTokenizer
 
 def register() -> None:
     """Tell the Auto classes which of ours belong to which configuration; a second call changes nothing."""
-    for config in (FlorenceConfig, FlorenceVisionConfig, FlorenceTextConfig):
+    for config in (FlorenceConfig, FlorenceVisionConfig, FlorenceTextConfig, FlorenceDetectionConfig):
         AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(FlorenceConfig, FlorenceModel, exist_ok=True)
     AutoModel.register(FlorenceVisionConfig, FlorenceVisionModel, exist_ok=True)
@@ -41,6 +45,12 @@ def register() -> None:
             image_processor_classes={"torchvision": FlorenceImageProcessor, "pil": FlorenceImageProcessorPil},
             exist_ok=True,
         )
+    AutoModelForObjectDetection.register(FlorenceDetectionConfig, FlorenceForObjectDetection, exist_ok=True)
+    AutoImageProcessor.register(
+        FlorenceDetectionConfig,
+        image_processor_classes={"torchvision": FlorenceDetectionImageProcessor},
+        exist_ok=True,
+    )
     AutoProcessor.register(FlorenceConfig, FlorenceProcessor, exist_ok=True)
     # Not for FlorenceConfig: pipelines that need no text would then make up a tokenizer for folders without one. A
     # folder that has one names its class in tokenizer_config.json.
