@@ -12,11 +12,11 @@ longer; another seed or shape wants another `--output`.
 import hashlib
 import json
 import math
-import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,9 +37,12 @@ from transformers_florence.data.augmentation import BatchAugmentation
 from transformers_florence.data.picture_corpus import PictureCorpus, load_split
 from transformers_florence.data.prompts import DRAWING_TEMPLATES
 from transformers_florence.evaluation.zero_shot import build_zero_shot_classifier, embed_pixels, top_k_accuracy
+from transformers_florence.training.checkpointing import resume_training, save_checkpoint
 from transformers_florence.training.objectives import ContrastivePretraining
 from transformers_florence.training.optimization import parameter_groups
 from transformers_florence.training.precision import Bfloat16Forward, cpu_has_bfloat16
+from transformers_florence.training.stability import GuardedUpdate, StopRequest
+from transformers_florence.training.tracking import LocalTracker, make_trackers
 
 # A checkpoint belongs to these; every other argument may differ when its run goes on.
 FIXED = (
@@ -88,6 +91,9 @@ class PretrainArguments:
     log_every: int = 20
     eval_every: int = 500
     save_every: int = 250
+    keep: int = 2  # checkpoints, the newest ones
+    non_finite: str = "raise"  # what a loss or a gradient that is not finite does: raise, or skip the step
+    report_to: str = "local"  # local: log.csv and curves.png in the output; trackers of Accelerate's; none
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -198,8 +204,8 @@ class Batches:
         texts = [self.corpus.draw_keyword_text(number, DRAWING_TEMPLATES, rng) for number in numbers]
         return rows, texts, torch.from_numpy(numbers)
 
-    def __call__(self, step: int) -> dict[str, torch.Tensor | bool | None]:
-        """Inputs of `ContrastivePretraining` at a step."""
+    def __call__(self, step: int) -> dict[str, Any]:
+        """Inputs of `ContrastivePretraining` at a step, and the rows of the corpus that they are made of."""
         arguments, corpus = self.arguments, self.corpus
         side, small = self.side(step), self.is_small(step)
         rng = np.random.default_rng([arguments.seed, step])
@@ -226,6 +232,7 @@ class Batches:
             "labels": labels.to(self.device),
             "class_labels": class_labels,
             "align_texts": wider is None,
+            "rows": rows.tolist(),
         }
 
 
@@ -245,52 +252,21 @@ def evaluate(
     return {f"top{k}": top_k_accuracy(scores, targets, min(k, len(names))) for k in (1, 5)}
 
 
-def last_checkpoint(folder: Path) -> tuple[int, Path | None]:
-    """Step and folder of the newest complete checkpoint; (0, None) if there is none."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / "step.json").is_file()]
-    steps = {json.loads((path / "step.json").read_text())["step"]: path for path in found}
-    return (max(steps), steps[max(steps)]) if steps else (0, None)
-
-
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
-    """State of model, optimizer and schedule; older checkpoints go only when this one is complete.
-
-    `step.json` is the first file to go and the last to come, and comes at once: killed at any moment, what has it is
-    complete.
-    """
-    target = folder / f"checkpoint-{step}"
-    (target / "step.json").unlink(missing_ok=True)
-    accelerator.save_state(str(target))
-    (target / "step.partial").write_text(json.dumps({"step": step}))
-    (target / "step.partial").replace(target / "step.json")
-    for path in folder.glob("checkpoint-*"):
-        if path != target and path.is_dir():
-            (path / "step.json").unlink(missing_ok=True)
-            shutil.rmtree(path)
-
-
-def check_same_run(output: Path, record: dict, first: int) -> None:
+def check_same_run(output: Path, record: dict) -> None:
     """Refuse to go on with a run that was another one.
 
     Raises:
         ValueError: an argument of `FIXED`, or the texts that the vocabulary is learnt from, are not those of the run
-            in `output`, or it has taken more steps than are asked for.
+            whose checkpoints are in `output`.
     """
+    if not any(output.glob("checkpoint-*")):
+        return
     file = output / "arguments.json"
     before = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     changed = [name for name in FIXED if name in before and before[name] != record[name]]
     if changed:
         got = ", ".join(f"{name} {before[name]!r} there and {record[name]!r} now" for name in changed)
         raise ValueError(f"{output} holds another run: expected equal arguments or another output, got {got}")
-    if first > record["steps"]:
-        raise ValueError(f"steps: {output} has taken {first}, expected as many or more, got {record['steps']}")
-
-
-def drop_log_after(log: Path, step: int) -> None:
-    """Forget what an interrupted run logged after its last checkpoint: those steps are taken again."""
-    if log.is_file():
-        lines = log.read_text("utf-8").splitlines(keepends=True)
-        log.write_text("".join(line for line in lines if json.loads(line)["step"] <= step), "utf-8")
 
 
 def held_out_style(arguments: PretrainArguments, names: list[str]) -> PictureCorpus | None:
@@ -308,7 +284,12 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(mixed_precision="no")  # whatever Accelerate's own settings say: `precision` decides
+    accelerator = Accelerator(
+        mixed_precision="no",  # whatever Accelerate's own settings say: `precision` decides
+        log_with=make_trackers(arguments.report_to, output),
+        project_dir=str(output),
+        step_scheduler_with_optimizer=False,  # or the schedule would move once for each rank
+    )
     if accelerator.num_processes > 1:
         raise ValueError(
             f"expected one process, got {accelerator.num_processes}: they would all take the same batches"
@@ -360,12 +341,26 @@ def main(argv: list[str] | None = None) -> None:
 
     digest = hashlib.sha256("\n".join(training_texts(corpus)).encode()).hexdigest()
     record = {**asdict(arguments), "texts": digest}
-    first, folder = last_checkpoint(output)
-    if folder is not None:
-        check_same_run(output, record, first)
-        accelerator.load_state(str(folder))
-        accelerator.print(f"resumed from {folder} at step {first}")
-    drop_log_after(output / "log.jsonl", first)
+    check_same_run(output, record)
+    update = GuardedUpdate(
+        accelerator,
+        optimizer,
+        schedule,
+        model.parameters(),
+        max_grad_norm=arguments.max_grad_norm,
+        policy=arguments.non_finite,
+    )
+    first, progress = 0, resume_training(accelerator, output)
+    if progress is not None:
+        first = progress.step
+        update.load_state_dict(progress.extra["update"])
+        accelerator.print(f"resumed from {progress.folder} at step {first}")
+    if first > arguments.steps:
+        raise ValueError(f"steps: {output} has taken {first}, expected as many or more, got {arguments.steps}")
+    accelerator.init_trackers("florence", config=record)
+    for tracker in accelerator.trackers:
+        if isinstance(tracker, LocalTracker):
+            tracker.go_on_after(first)
     (output / "arguments.json").write_text(json.dumps(record, indent=2), "utf-8")
     accelerator.print(
         f"{len(corpus)} pictures, {len(names)} names, {sum(p.numel() for p in model.parameters()):,} parameters, "
@@ -375,41 +370,47 @@ def main(argv: list[str] | None = None) -> None:
     started, seen = time.monotonic(), 0
     bar = tqdm(range(first, arguments.steps), initial=first, total=arguments.steps, desc="training", mininterval=10)
     objective.train()
-    for step in bar:
-        torch.manual_seed((arguments.seed << 32) + step)  # drop path's choices depend on the step alone
-        loss = wrapped(**batches(step))
-        accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(model.parameters(), arguments.max_grad_norm)
-        if not (torch.isfinite(loss) and torch.isfinite(norm)):
-            found = f"the loss is {loss.item()}, the gradient's norm {float(norm)}"
-            raise RuntimeError(f"step {step}: {found}; the last good checkpoint is in {output}")
-        rate = schedule.get_last_lr()[image_group]
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        seen += arguments.batch_size
-        entry: dict = {}
-        if (step + 1) % arguments.log_every == 0:
-            speed = seen / (time.monotonic() - started)
-            entry = {
-                "loss": round(loss.item(), 4),
-                "gradient_norm": round(float(norm), 3),
-                "learning_rate": rate,
-                "logit_scale": round(model.logit_scale.exp().item(), 2),
-                "pictures_per_second": round(speed, 1),
-            }
-            bar.set_postfix(loss=entry["loss"], speed=f"{speed:.0f}/s", refresh=False)
-        if style is not None and ((step + 1) % arguments.eval_every == 0 or step + 1 == arguments.steps):
-            entry |= evaluate(model, processor, style, names, batches.side(step))
-        if entry:
-            with (output / "log.jsonl").open("a", encoding="utf-8") as log:
-                log.write(json.dumps({"step": step + 1, **entry}) + "\n")
-        if (step + 1) % arguments.save_every == 0 or step + 1 == arguments.steps:
-            save_checkpoint(accelerator, output, step + 1)
+    with StopRequest() as stop:
+        for step in bar:
+            torch.manual_seed((arguments.seed << 32) + step)  # drop path's choices depend on the step alone
+            batch = batches(step)
+            samples = batch.pop("rows")
+            loss = wrapped(**batch)
+            rate = schedule.get_last_lr()[image_group]
+            norm = None
+            if update.admits(loss, step=step, samples=samples):
+                accelerator.backward(loss)
+                norm = update(loss, step=step, samples=samples).gradient_norm
+            seen += arguments.batch_size
+            done = step + 1
+            entry: dict = {}
+            if done % arguments.log_every == 0:
+                speed = seen / (time.monotonic() - started)
+                entry = {
+                    "loss": round(loss.item(), 4),
+                    "gradient_norm": None if norm is None else round(norm, 3),
+                    "learning_rate": rate,
+                    "logit_scale": round(model.logit_scale.exp().item(), 2),
+                    "pictures_per_second": round(speed, 1),
+                    "skipped_steps": update.skipped,
+                }
+                bar.set_postfix(loss=entry["loss"], speed=f"{speed:.0f}/s", refresh=False)
+            if style is not None and (done % arguments.eval_every == 0 or done == arguments.steps):
+                entry |= evaluate(model, processor, style, names, batches.side(step))
+            if entry:
+                accelerator.log(entry, step=done)
+            stopped = stop.requested(accelerator)
+            if done % arguments.save_every == 0 or done == arguments.steps or stopped:
+                save_checkpoint(accelerator, output, done, extra={"update": update.state_dict()}, keep=arguments.keep)
+            if stopped and done < arguments.steps:
+                accelerator.print(f"asked to stop: saved step {done}; the same command goes on from there")
+                accelerator.end_training()
+                return
 
     final = output / "model"
     accelerator.unwrap_model(model).save_pretrained(final)
     processor.save_pretrained(final)
+    accelerator.end_training()
     accelerator.print(f"saved the model to {final}")
 
 

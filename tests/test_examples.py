@@ -3,6 +3,9 @@
 import base64
 import hashlib
 import json
+import os
+import shutil
+import signal
 from collections.abc import Callable
 from html.parser import HTMLParser
 from io import BytesIO
@@ -27,6 +30,7 @@ from transformers_florence.data.picture_corpus import PictureCorpus, load_split
 from transformers_florence.data.prompts import DRAWING_TEMPLATES
 from transformers_florence.evaluation.zero_shot import build_zero_shot_classifier, embed_pixels
 from transformers_florence.loading import BUNDLED
+from transformers_florence.training import tracking
 
 STEPS, BATCH = 6, 16  # 64 pictures: an epoch ends within the run
 CARD = Path(__file__).parents[1] / "MODEL_CARD.md"
@@ -35,8 +39,8 @@ SEEN = {f"{color} {shape}" for color in COLORS for shape in SHAPES} - {
 }
 
 
-class Killed(Exception):
-    """Stands for the end of the process."""
+class Killed(BaseException):
+    """Stands for the end of the process: nothing catches it."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,8 +88,11 @@ def pretrain(corpus: Path, output: Path, **changes) -> dict[str, torch.Tensor]:
 
 def read_log(output: Path) -> list[dict]:
     """What a run logged, but for its speed."""
-    entries = [json.loads(line) for line in (output / "log.jsonl").read_text("utf-8").splitlines()]
-    return [{key: value for key, value in entry.items() if key != "pictures_per_second"} for entry in entries]
+    rows = tracking.read_log(output / "log.csv")
+    return [
+        {key: (int if key == "step" else float)(value) for key, value in row.items() if key != "pictures_per_second"}
+        for row in rows
+    ]
 
 
 def checkpoints(output: Path) -> list[str]:
@@ -150,7 +157,7 @@ def test_a_run_leaves_a_log_a_checkpoint_and_a_model(run):
     assert [entry["learning_rate"] for entry in log[:3]] == pytest.approx([0, 5e-4, 1e-3])  # two steps of warm-up
     assert log[-1]["learning_rate"] < log[3]["learning_rate"] < 1e-3
 
-    assert checkpoints(run) == [f"checkpoint-{STEPS}"]
+    assert checkpoints(run) == ["checkpoint-3", "checkpoint-6"]
     arguments = json.loads((run / "arguments.json").read_text())
     assert arguments["size"] == "test" and arguments["steps"] == STEPS
 
@@ -194,56 +201,62 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(corpus, run, weights, 
     assert_same_weights(pretrain(corpus, tmp_path), weights)
     assert taken == [3, 4, 5]
     assert read_log(tmp_path) == read_log(run)
-    assert checkpoints(tmp_path) == [f"checkpoint-{STEPS}"]
+    assert checkpoints(tmp_path) == ["checkpoint-3", "checkpoint-6"]
 
 
 def test_a_run_that_was_killed_while_saving_goes_on_from_the_checkpoint_before(corpus, weights, tmp_path, monkeypatch):
-    save_state = Accelerator.save_state
+    rename = Path.rename
 
-    def save_a_part(self, folder, *args, **kwargs):
-        save_state(self, folder, *args, **kwargs)
-        if folder.endswith(f"checkpoint-{STEPS}"):
-            (Path(folder) / "optimizer.bin").write_bytes(b"half")
+    def end_before(path, target):
+        if Path(target).name == f"checkpoint-{STEPS}":
+            shutil.copytree(path, tmp_path / "left")  # an exception clears up, which a kill does not
             raise Killed
+        return rename(path, target)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Accelerator, "save_state", save_a_part)
+        patch.setattr(Path, "rename", end_before)
         pretrain(corpus, tmp_path)
-    assert checkpoints(tmp_path) == ["checkpoint-3", "checkpoint-6"]
-    assert pretrain_unicl.last_checkpoint(tmp_path) == (3, tmp_path / "checkpoint-3")
+    (tmp_path / "left").rename(tmp_path / f"checkpoint-{STEPS}.partial")
     assert_same_weights(pretrain(corpus, tmp_path), weights)
-    assert checkpoints(tmp_path) == ["checkpoint-6"]
-
-
-def test_a_run_that_was_killed_while_clearing_goes_on_from_the_newest_checkpoint(
-    corpus, weights, tmp_path, monkeypatch
-):
-    def remove_a_part(folder):
-        (Path(folder) / "model.safetensors").unlink()
-        raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(pretrain_unicl.shutil, "rmtree", remove_a_part)
-        pretrain(corpus, tmp_path)
     assert checkpoints(tmp_path) == ["checkpoint-3", "checkpoint-6"]
-    assert pretrain_unicl.last_checkpoint(tmp_path) == (6, tmp_path / "checkpoint-6")
-    assert not (tmp_path / "checkpoint-3" / "step.json").exists(), "what is left of it must not look complete"
+
+
+def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole(corpus, run, weights, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    file = tmp_path / "run" / f"checkpoint-{STEPS}" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert_same_weights(pretrain(corpus, tmp_path / "run"), weights)
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on(corpus, run, weights, tmp_path, monkeypatch):
+    take = pretrain_unicl.Batches.__call__
+
+    def ask(self, step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain_unicl.Batches, "__call__", ask)
+        pretrain_unicl.main(options(corpus, tmp_path))
+    assert checkpoints(tmp_path) == ["checkpoint-3", "checkpoint-4"] and not (tmp_path / "model").exists()
     assert_same_weights(pretrain(corpus, tmp_path), weights)
+    assert read_log(tmp_path) == read_log(run)
 
 
 def test_a_finished_run_given_again_changes_nothing(corpus, run, weights, monkeypatch):
-    log = (run / "log.jsonl").read_text()
+    log = (run / "log.csv").read_text()
     with monkeypatch.context() as patch:
         kill_at_step(patch, 0)  # no step is taken
         assert_same_weights(pretrain(corpus, run), weights)
-    assert (run / "log.jsonl").read_text() == log
+    assert (run / "log.csv").read_text() == log
 
 
 def test_a_finished_run_can_be_made_longer(corpus, tmp_path):
     pretrain(corpus, tmp_path, steps=2, save_every=1)
     pretrain(corpus, tmp_path, steps=4)
     assert [entry["step"] for entry in read_log(tmp_path)] == [1, 2, 3, 4]
-    assert checkpoints(tmp_path) == ["checkpoint-4"]
+    assert checkpoints(tmp_path) == ["checkpoint-3", "checkpoint-4"]
 
 
 @pytest.mark.parametrize(
@@ -321,7 +334,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_spoils_the_weights(cor
         return output
 
     monkeypatch.setattr(FlorenceModel, "forward", diverge)
-    with pytest.raises(RuntimeError, match="step 4: the loss is nan"):
+    with pytest.raises(RuntimeError, match="not finite at step 4: .*rank 0: loss nan, samples "):
         pretrain(corpus, tmp_path)
     assert checkpoints(tmp_path) == ["checkpoint-3"]
     saved = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
@@ -330,7 +343,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_spoils_the_weights(cor
 
 def test_an_infinite_gradient_stops_the_run(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda *args, **kwargs: torch.tensor(float("inf")))
-    with pytest.raises(RuntimeError, match="step 0: .*norm inf"):
+    with pytest.raises(RuntimeError, match="step 0: the gradient's norm is inf"):
         pretrain(corpus, tmp_path)
 
 

@@ -1,1 +1,1 @@
-"""Mechanisms of training: precision, optimisation."""
+"""Mechanisms of training: objectives, precision, optimisation, checkpoints, stability, tracking."""
