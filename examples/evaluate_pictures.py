@@ -29,7 +29,7 @@ from transformers_florence.evaluation.zero_shot import (
     top_k_accuracy,
 )
 
-KEYWORD_PICTURES = 5  # a general word of (d) belongs to so many pictures at least, and so many are looked at
+PICTURES_OF_A_KEYWORD = 5  # a general word of (d) belongs to so many pictures at least, and so many are looked at
 TEMPLATES = ("{}", "a picture of {}", "an emoji of {}", "an icon of {}", "{} icon")
 
 
@@ -124,15 +124,16 @@ def find_by_keyword(model, processor, test, names: list[str]) -> dict[str, float
     test = test.select([index for index, name in enumerate(test["name"]) if name in seen])
     keywords = [{normalize_text(word) for word in words} for words in test["keywords"]]
     counts = Counter(word for words in keywords for word in words)
-    queries = sorted(word for word, count in counts.items() if count >= KEYWORD_PICTURES)
+    queries = sorted(word for word, count in counts.items() if count >= PICTURES_OF_A_KEYWORD)
     if not queries:
-        raise ValueError(f"expected keywords of {KEYWORD_PICTURES} pictures each, got none among {len(test)} pictures")
+        least = PICTURES_OF_A_KEYWORD
+        raise ValueError(f"expected keywords of {least} pictures each, got none among {len(test)} pictures")
     relevant = torch.tensor([[word in words for words in keywords] for word in queries])
     embeds = embed_texts(model, processor.tokenizer, [f"a picture of {word}" for word in queries])
     return {
         "pictures": len(test),
         "keywords": len(queries),
-        "precision_at_5": precision_at_k(embeds, embed_rows(model, processor, test), relevant, KEYWORD_PICTURES),
+        "precision_at_5": precision_at_k(embeds, embed_rows(model, processor, test), relevant, PICTURES_OF_A_KEYWORD),
         "floor_precision_at_5": relevant.float().mean().item(),
     }
 

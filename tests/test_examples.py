@@ -449,9 +449,10 @@ def test_keyword_batches_say_a_keyword_of_each_picture_and_no_other_picture_has_
     rows_as_colors = torch.arange(64, dtype=torch.uint8).view(64, 1, 1, 1).expand(-1, 3, 32, 32)
     monkeypatch.setattr(make.corpus, "pixels", rows_as_colors)
     words = ["round", "square", "flat", "deep"]
-    make.corpus.keywords = [[words[row % 4]] for row in range(64)]
-    make.corpus.keyword_names = words
-    make.corpus.keyword_rows = {word: np.arange(place, 64, 4) for place, word in enumerate(words)}
+    rows_of = {word: np.arange(place, 64, 4) for place, word in enumerate(words)}
+    monkeypatch.setattr(make.corpus, "general_words", [{words[row % 4]: None} for row in range(64)])
+    monkeypatch.setattr(make.corpus, "keyword_names", words)
+    monkeypatch.setattr(make.corpus, "keyword_rows", rows_of)
     batch = make(0)
     rows = ((batch["pixel_values"] * make.std + make.mean)[:, 0, 0, 0] * 255).round().long()
     assert batch["labels"].tolist() == [row % 4 for row in rows.tolist()]
@@ -461,7 +462,8 @@ def test_keyword_batches_say_a_keyword_of_each_picture_and_no_other_picture_has_
         wanted = {template.format(words[label]) for template in DRAWING_TEMPLATES}
         assert "".join(text.split()).lower() in {"".join(sentence.split()).lower() for sentence in wanted}
 
-    make.corpus.keyword_names, make.corpus.keyword_rows = words[:3], dict(list(make.corpus.keyword_rows.items())[:3])
+    monkeypatch.setattr(make.corpus, "keyword_names", words[:3])
+    monkeypatch.setattr(make.corpus, "keyword_rows", {word: rows_of[word] for word in words[:3]})
     assert make(0)["align_texts"] is True, "with too few keywords for a batch, it is one of names"
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..image_processing_pil_florence import FlorenceImageProcessorPil
-from .prompts import fill_template
+from .prompts import fill_random_template
 
 SPLITS = ("train", "test_style", "test_concept", "test_clipart")
 KEYWORD_PICTURES = 4  # rows of one keyword in a batch of keywords
@@ -100,9 +100,11 @@ class PictureCorpus:
         numbers = torch.tensor(number_texts(self.category_names))
         has_category = torch.tensor([bool(name) for name in self.category_names])
         self.categories = torch.where(has_category, numbers, -1)
+        # As a dictionary's keys: each once, in their order.
+        self.general_words = [dict.fromkeys(map(normalize_text, keywords)) for keywords in self.keywords]
         rows_of: dict[str, list[int]] = {}
-        for row, keywords in enumerate(self.keywords):
-            for keyword in {normalize_text(keyword): None for keyword in keywords}:
+        for row, keywords in enumerate(self.general_words):
+            for keyword in keywords:
                 rows_of.setdefault(keyword, []).append(row)
         self.keyword_rows = {
             keyword: np.array(found)
@@ -139,11 +141,11 @@ class PictureCorpus:
             return f"{name}, {self.category_names[row]}"
         if choice < 0.5 and self.descriptions[row]:
             return f"{name}. {self.descriptions[row]}"
-        return fill_template(templates[int(rng.integers(len(templates)))], name)
+        return fill_random_template(templates, name, rng)
 
     def draw_category_text(self, row: int, templates: Sequence[str], rng: np.random.Generator) -> str:
         """The row's category in a random template."""
-        return fill_template(templates[int(rng.integers(len(templates)))], self.category_names[row])
+        return fill_random_template(templates, self.category_names[row], rng)
 
     def draw_keyword_rows(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Rows, and of each the number of one of its keywords in `keyword_names`; no row has the keyword of another.
@@ -171,14 +173,14 @@ class PictureCorpus:
             rows += picked
             labels += [int(label)] * len(picked)
             free[self.keyword_rows[keyword]] = False
-            used.update(normalize_text(word) for row in picked for word in self.keywords[row])
+            used.update(*(self.general_words[row] for row in picked))
             if len(rows) == count:
                 break
         return np.array(rows, dtype=np.int64), np.array(labels, dtype=np.int64)
 
     def draw_keyword_text(self, label: int, templates: Sequence[str], rng: np.random.Generator) -> str:
         """The keyword of a number in a random template."""
-        return fill_template(templates[int(rng.integers(len(templates)))], self.keyword_names[label])
+        return fill_random_template(templates, self.keyword_names[label], rng)
 
 
 def number_texts(texts: Sequence[str]) -> list[int]:
