@@ -2,19 +2,23 @@
 
     python examples/build_picture_corpus.py --permissive --out corpus
     python examples/pretrain_unicl.py --config examples/configs/florence_nano.yaml --corpus corpus
+    accelerate launch --num_processes 8 examples/pretrain_unicl.py --config ... --batch_size 4096 --chunk_size 128
+    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 examples/pretrain_unicl.py --config ... --processes 2
 
 Every field of `PretrainArguments` is an option of the command line and a key of the YAML file; the command line wins.
 An interrupted run goes on from its last checkpoint when the same command is given again; every random choice of step
 n depends on the seed and on n alone, so it ends as if it had not been interrupted. More `--steps` make a finished run
-longer; another seed or shape wants another `--output`.
+longer; another seed or shape wants another `--output`. Several processes share each batch, and contrast all of it.
 """
 
 import hashlib
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +36,15 @@ from transformers_florence import (
     FlorenceProcessor,
     FlorenceTextConfig,
     FlorenceTokenizer,
+    load_checkpoint,
 )
 from transformers_florence.data.augmentation import BatchAugmentation
 from transformers_florence.data.picture_corpus import PictureCorpus, load_split
 from transformers_florence.data.prompts import DRAWING_TEMPLATES
 from transformers_florence.evaluation.zero_shot import build_zero_shot_classifier, embed_pixels, top_k_accuracy
 from transformers_florence.training.checkpointing import resume_training, save_checkpoint
-from transformers_florence.training.objectives import ContrastivePretraining
+from transformers_florence.training.gradient_cache import cached_backward
+from transformers_florence.training.objectives import OBJECTIVES, ContrastiveObjective, lock_image_tower
 from transformers_florence.training.optimization import parameter_groups
 from transformers_florence.training.precision import Bfloat16Forward, cpu_has_bfloat16
 from transformers_florence.training.stability import GuardedUpdate, StopRequest
@@ -47,6 +53,8 @@ from transformers_florence.training.tracking import LocalTracker, make_trackers
 # A checkpoint belongs to these; every other argument may differ when its run goes on.
 FIXED = (
     "size",
+    "init_from",
+    "locked",
     "objective",
     "batch_size",
     "learning_rate",
@@ -69,9 +77,13 @@ class PretrainArguments:
     corpus: str = "corpus"
     output: str = "runs/florence-nano"
     size: str = "nano"
-    objective: str = "unicl"  # unicl, or clip: every pair its own label
+    init_from: str = ""  # folder of a checkpoint to go on from, instead of new weights of that size
+    locked: bool = False  # whether the image tower of `init_from` stays as it is (LiT)
+    objective: str = "unicl"  # unicl; clip: every pair its own label; sigmoid: SigLIP's loss with UniCL's labels
     steps: int = 4000
-    batch_size: int = 256
+    batch_size: int = 256  # pictures of a step, on all processes together
+    chunk_size: int = 0  # pictures that are in a process's memory at once (gradient cache); 0 for all
+    processes: int = 0  # how many must share the batches; 0 for as many as there are
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
     warmup_steps: int = 200
@@ -97,11 +109,13 @@ class PretrainArguments:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.objective not in ("unicl", "clip"):
-            raise ValueError(f"objective: expected 'unicl' or 'clip', got {self.objective!r}")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
+        if self.locked and not self.init_from:
+            raise ValueError("locked: expected init_from with a trained image tower, got none")
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"precision: expected 'auto', 'float32' or 'bfloat16', got {self.precision!r}")
-        least = {"seed": 0, "warmup_steps": 0}  # of the integers; 1 for the others
+        least = {"seed": 0, "warmup_steps": 0, "chunk_size": 0, "processes": 0}  # of the integers; 1 for the others
         for field in fields(self):
             value = getattr(self, field.name)
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -144,6 +158,24 @@ def training_texts(corpus: PictureCorpus) -> list[str]:
     return [corpus.full_text(row) for row in range(len(corpus))] + corpus.category_names + list(DRAWING_TEMPLATES)
 
 
+def build_model(arguments: PretrainArguments, corpus: PictureCorpus) -> tuple[FlorenceModel, FlorenceProcessor]:
+    """The checkpoint to start from, or new weights and a vocabulary learnt from the corpus."""
+    if arguments.init_from:
+        model = load_checkpoint(FlorenceModel, arguments.init_from, dtype=torch.float32)
+        context = model.config.text_config.max_position_embeddings
+        if arguments.context_length > context:
+            raise ValueError(
+                f"context_length: expected at most the {context} tokens of {arguments.init_from}, "
+                f"got {arguments.context_length}"
+            )
+        return model, FlorenceProcessor.from_pretrained(arguments.init_from)
+    config = FlorenceConfig.from_size(
+        arguments.size,
+        text_config=FlorenceTextConfig.from_size(arguments.size, max_position_embeddings=arguments.context_length),
+    )
+    return FlorenceModel(config), build_processor(arguments, corpus, config)
+
+
 def build_processor(arguments: PretrainArguments, corpus: PictureCorpus, config: FlorenceConfig) -> FlorenceProcessor:
     """A vocabulary learnt from the corpus, and an image processor for the model's size."""
     text = config.text_config
@@ -157,12 +189,25 @@ def build_processor(arguments: PretrainArguments, corpus: PictureCorpus, config:
 
 
 class Batches:
-    """The batch of any step, from the seed and the step's number alone."""
+    """A process's part of the batch of any step, from the seed and the step's number alone.
+
+    Every process draws the whole batch and keeps its part, so that the batch does not depend on their number.
+    """
 
     def __init__(
-        self, arguments: PretrainArguments, corpus: PictureCorpus, processor: FlorenceProcessor, device: torch.device
+        self,
+        arguments: PretrainArguments,
+        corpus: PictureCorpus,
+        processor: FlorenceProcessor,
+        device: torch.device,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         self.arguments, self.corpus, self.tokenizer, self.device = arguments, corpus, processor.tokenizer, device
+        if arguments.batch_size % ranks:
+            raise ValueError(f"batch_size: expected a multiple of {ranks} processes, got {arguments.batch_size}")
+        local = arguments.batch_size // ranks
+        self.part = slice(rank * local, (rank + 1) * local)
         self.full_side = processor.image_processor.size["height"]
         image_processor = processor.image_processor
         self.mean = torch.tensor(image_processor.image_mean, device=device).view(1, 3, 1, 1)
@@ -205,7 +250,9 @@ class Batches:
         return rows, texts, torch.from_numpy(numbers)
 
     def __call__(self, step: int) -> dict[str, Any]:
-        """Inputs of `ContrastivePretraining` at a step, and the rows of the corpus that they are made of."""
+        """At a step: `inputs` of the model, `labels` of its loss, the `rows` of the corpus that they are made of, and
+        the `positives` of a picture, itself among them, in the mean over the whole batch.
+        """
         arguments, corpus = self.arguments, self.corpus
         side, small = self.side(step), self.is_small(step)
         rng = np.random.default_rng([arguments.seed, step])
@@ -224,23 +271,33 @@ class Batches:
         ).to(self.device)
         if arguments.objective == "clip":
             labels = torch.arange(len(rows))
-        class_labels = None if arguments.objective == "clip" else corpus.labels[rows].to(self.device)
-        return {
+        inputs = {
             "pixel_values": (pixels - self.mean) / self.std,
             "input_ids": tokens["input_ids"],
             "attention_mask": tokens["attention_mask"],
-            "labels": labels.to(self.device),
-            "class_labels": class_labels,
-            "align_texts": wider is None,
-            "rows": rows.tolist(),
+        }
+        class_labels = None if arguments.objective == "clip" else corpus.labels[rows][self.part].to(self.device)
+        return {
+            "inputs": {name: value[self.part] for name, value in inputs.items()},
+            "labels": {
+                "labels": labels[self.part].to(self.device),
+                "class_labels": class_labels,
+                "align_texts": wider is None,
+            },
+            "rows": rows[self.part].tolist(),
+            "positives": labels.unique(return_counts=True)[1].double().square().sum().item() / len(labels),
         }
 
 
 def evaluate(
-    model: FlorenceModel, processor: FlorenceProcessor, corpus: PictureCorpus, names: list[str], side: int
+    objective: ContrastiveObjective,
+    processor: FlorenceProcessor,
+    corpus: PictureCorpus,
+    names: list[str],
+    side: int,
 ) -> dict[str, float]:
     """Pictures of a held-out style named among all training names, at the side that is being trained."""
-    model.eval()
+    model = objective.eval().model
     classifier = build_zero_shot_classifier(model, processor.tokenizer, names, ("{}", "an emoji of {}"))
     pixels = processor.image_processor(list(corpus.pixels), size={"height": side, "width": side}, return_tensors="pt")[
         "pixel_values"
@@ -248,7 +305,7 @@ def evaluate(
     scores = embed_pixels(model, pixels) @ classifier.T
     column = {name: index for index, name in enumerate(names)}
     targets = torch.tensor([column[name] for name in corpus.names], device=scores.device)
-    model.train()
+    objective.train()
     return {f"top{k}": top_k_accuracy(scores, targets, min(k, len(names))) for k in (1, 5)}
 
 
@@ -267,6 +324,20 @@ def check_same_run(output: Path, record: dict) -> None:
     if changed:
         got = ", ".join(f"{name} {before[name]!r} there and {record[name]!r} now" for name in changed)
         raise ValueError(f"{output} holds another run: expected equal arguments or another output, got {got}")
+
+
+def check_processes(ranks: int, wanted: int) -> None:
+    """Refuse to train alone what was meant to be trained together: some launchers drop data parallelism in silence.
+
+    Raises:
+        ValueError: there are not as many processes as the launcher or `wanted` say.
+    """
+    wanted = wanted or int(os.environ.get("WORLD_SIZE", 1))
+    if ranks != wanted:
+        raise ValueError(
+            f"expected {wanted} processes that train together, got {ranks}; on CPUs launch them by "
+            "`ACCELERATE_USE_CPU=true torchrun --nproc_per_node N`"
+        )
 
 
 def held_out_style(arguments: PretrainArguments, names: list[str]) -> PictureCorpus | None:
@@ -290,20 +361,15 @@ def main(argv: list[str] | None = None) -> None:
         project_dir=str(output),
         step_scheduler_with_optimizer=False,  # or the schedule would move once for each rank
     )
-    if accelerator.num_processes > 1:
-        raise ValueError(
-            f"expected one process, got {accelerator.num_processes}: they would all take the same batches"
-        )
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    check_processes(ranks, arguments.processes)
     torch.manual_seed(arguments.seed)
 
     rows = load_split(arguments.corpus, "train")
     corpus = PictureCorpus(rows, size=arguments.stored_size)
-    config = FlorenceConfig.from_size(
-        arguments.size,
-        text_config=FlorenceTextConfig.from_size(arguments.size, max_position_embeddings=arguments.context_length),
-    )
-    processor = build_processor(arguments, corpus, config)
-    model = FlorenceModel(config)
+    model, processor = build_model(arguments, corpus)
+    if arguments.locked:
+        lock_image_tower(model)
     if accelerator.device.type == "cpu":  # PyTorch's fused attention goes backwards slowly there: a quarter of a step
         model.set_attn_implementation({"text_config": "eager"})
     sources = rows["source"] if "source" in rows.column_names else ["emoji"] * len(corpus)
@@ -313,9 +379,10 @@ def main(argv: list[str] | None = None) -> None:
     use_bfloat16 = arguments.precision == "bfloat16" or (
         arguments.precision == "auto" and (accelerator.device.type != "cpu" or cpu_has_bfloat16())
     )
-    num_labels = int(corpus.labels.max()) + 1 if arguments.objective == "unicl" else 0
-    objective = ContrastivePretraining(
+    num_labels = int(corpus.labels.max()) + 1 if arguments.objective != "clip" else 0
+    objective = ContrastiveObjective(
         model,
+        objective=arguments.objective,
         num_labels=num_labels,
         prototype_weight=arguments.prototype_weight,
         alignment_weight=arguments.alignment_weight,
@@ -337,7 +404,7 @@ def main(argv: list[str] | None = None) -> None:
     schedule = get_cosine_schedule_with_warmup(optimizer, arguments.warmup_steps, arguments.steps)
     wrapped: torch.nn.Module = Bfloat16Forward(objective) if use_bfloat16 else objective
     wrapped, optimizer, schedule = accelerator.prepare(wrapped, optimizer, schedule)
-    batches = Batches(arguments, corpus, processor, accelerator.device)
+    batches = Batches(arguments, corpus, processor, accelerator.device, rank, ranks)
 
     digest = hashlib.sha256("\n".join(training_texts(corpus)).encode()).hexdigest()
     record = {**asdict(arguments), "texts": digest}
@@ -361,26 +428,40 @@ def main(argv: list[str] | None = None) -> None:
     for tracker in accelerator.trackers:
         if isinstance(tracker, LocalTracker):
             tracker.go_on_after(first)
-    (output / "arguments.json").write_text(json.dumps(record, indent=2), "utf-8")
+    if accelerator.is_main_process:
+        (output / "arguments.json").write_text(json.dumps(record, indent=2), "utf-8")
     accelerator.print(
         f"{len(corpus)} pictures, {len(names)} names, {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{batches.per_epoch} steps an epoch, {'bfloat16' if use_bfloat16 else 'float32'} on {accelerator.device}"
+        f"{batches.per_epoch} steps an epoch, {'bfloat16' if use_bfloat16 else 'float32'} on {ranks} x "
+        f"{accelerator.device.type}, {type(wrapped).__name__}"
     )
 
     started, seen = time.monotonic(), 0
-    bar = tqdm(range(first, arguments.steps), initial=first, total=arguments.steps, desc="training", mininterval=10)
+    chunk_size = arguments.chunk_size or arguments.batch_size
+    bar = tqdm(
+        range(first, arguments.steps),
+        initial=first,
+        total=arguments.steps,
+        desc="training",
+        mininterval=10,
+        disable=not accelerator.is_main_process,
+    )
     objective.train()
     with StopRequest() as stop:
         for step in bar:
-            torch.manual_seed((arguments.seed << 32) + step)  # drop path's choices depend on the step alone
+            # Drop path's choices depend on the step alone, and differ between processes.
+            torch.manual_seed((arguments.seed << 32) + step * ranks + rank)
             batch = batches(step)
-            samples = batch.pop("rows")
-            loss = wrapped(**batch)
+            loss = cached_backward(
+                wrapped,
+                partial(objective.loss, **batch["labels"]),
+                batch["inputs"],
+                chunk_size,
+                shared=objective.shared_outputs,
+                accelerator=accelerator,
+            )
             rate = schedule.get_last_lr()[image_group]
-            norm = None
-            if update.admits(loss, step=step, samples=samples):
-                accelerator.backward(loss)
-                norm = update(loss, step=step, samples=samples).gradient_norm
+            norm = update(loss, step=step, samples=batch["rows"]).gradient_norm
             seen += arguments.batch_size
             done = step + 1
             entry: dict = {}
@@ -391,12 +472,14 @@ def main(argv: list[str] | None = None) -> None:
                     "gradient_norm": None if norm is None else round(norm, 3),
                     "learning_rate": rate,
                     "logit_scale": round(model.logit_scale.exp().item(), 2),
+                    "positives": round(batch["positives"], 2),
                     "pictures_per_second": round(speed, 1),
                     "skipped_steps": update.skipped,
                 }
                 bar.set_postfix(loss=entry["loss"], speed=f"{speed:.0f}/s", refresh=False)
-            if style is not None and (done % arguments.eval_every == 0 or done == arguments.steps):
-                entry |= evaluate(model, processor, style, names, batches.side(step))
+            evaluates = style is not None and (done % arguments.eval_every == 0 or done == arguments.steps)
+            if evaluates and accelerator.is_main_process:
+                entry |= evaluate(objective, processor, style, names, batches.side(step))
             if entry:
                 accelerator.log(entry, step=done)
             stopped = stop.requested(accelerator)
@@ -408,8 +491,9 @@ def main(argv: list[str] | None = None) -> None:
                 return
 
     final = output / "model"
-    accelerator.unwrap_model(model).save_pretrained(final)
-    processor.save_pretrained(final)
+    if accelerator.is_main_process:
+        model.save_pretrained(final)
+        processor.save_pretrained(final)
     accelerator.end_training()
     accelerator.print(f"saved the model to {final}")
 

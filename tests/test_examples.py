@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from io import BytesIO
@@ -24,6 +26,7 @@ import demo
 import evaluate_pictures
 import pretrain_unicl
 from tests.tiny_corpus import COLORS, SHAPES, tiny_splits, write_tiny_corpus
+from tests.tiny_florence import CONTEXT, save_tiny, tiny_vision_config
 from transformers_florence import FlorenceModel, FlorenceProcessor, load_bundled, load_checkpoint
 from transformers_florence import configuration_florence as sizes
 from transformers_florence.data.picture_corpus import PictureCorpus, load_split
@@ -135,12 +138,20 @@ def batches(corpus):
     """Makes the batches of a run with the given arguments."""
     rows = PictureCorpus(load_split(corpus, "train"), size=32, progress=False)
 
-    def make(**changes) -> pretrain_unicl.Batches:
+    class Flat(pretrain_unicl.Batches):
+        """With everything of a batch on one level."""
+
+        def __call__(self, step: int) -> dict:
+            batch = super().__call__(step)
+            inputs, labels = batch.pop("inputs"), batch.pop("labels")
+            return {**batch, **inputs, **labels}
+
+    def make(*rank: int, **changes) -> Flat:
         arguments = pretrain_unicl.parse_arguments(options(corpus, Path("unused"), **changes))
         text = sizes.FlorenceTextConfig.from_size("test", max_position_embeddings=arguments.context_length)
         config = sizes.FlorenceConfig.from_size("test", text_config=text)
         processor = pretrain_unicl.build_processor(arguments, rows, config)
-        return pretrain_unicl.Batches(arguments, rows, processor, torch.device("cpu"))
+        return Flat(arguments, rows, processor, torch.device("cpu"), *rank)
 
     return make
 
@@ -323,22 +334,89 @@ def test_bfloat16_saves_float32_weights_near_those_of_float32(corpus, run, weigh
 
 
 def test_a_loss_that_is_no_number_stops_the_run_before_it_spoils_the_weights(corpus, tmp_path, monkeypatch):
-    forward = FlorenceModel.forward
-    steps = []
+    loss_of, steps = pretrain_unicl.ContrastiveObjective.loss, []
 
-    def diverge(self, *args, **kwargs):
-        output = forward(self, *args, **kwargs)
-        if output.loss is not None:
-            steps.append(output.loss)
-            output.loss = output.loss * (float("nan") if len(steps) == 5 else 1.0)
-        return output
+    def diverge(self, **parts):
+        steps.append(loss_of(self, **parts))
+        return steps[-1] * (float("nan") if len(steps) == 5 else 1.0)
 
-    monkeypatch.setattr(FlorenceModel, "forward", diverge)
+    monkeypatch.setattr(pretrain_unicl.ContrastiveObjective, "loss", diverge)
     with pytest.raises(RuntimeError, match="not finite at step 4: .*rank 0: loss nan, samples "):
         pretrain(corpus, tmp_path)
     assert checkpoints(tmp_path) == ["checkpoint-3"]
     saved = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in saved.values())
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Path:
+    """A checkpoint without stochastic depth, whose choices would depend on the number of processes."""
+    folder = tmp_path_factory.mktemp("start")
+    torch.manual_seed(0)
+    save_tiny(folder, vision_config=tiny_vision_config(drop_path_rate=0.0))
+    return folder
+
+
+def from_start(start: Path, **changes) -> dict:
+    """A run that goes on from a checkpoint, small steps so that equal runs stay equal to the last digits."""
+    return {"init_from": start, "context_length": CONTEXT, "learning_rate": 1e-4, "prototype_weight": 0.5, **changes}
+
+
+def test_two_processes_are_one(corpus, start, tmp_path):
+    """Each with half of every batch, in chunks of its own: the same losses, norms and weights as one process has."""
+    changes = from_start(start, steps=4, save_every=4, category_batches=0.5, keyword_batches=0)
+    alone = pretrain(corpus, tmp_path / "one", **changes)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        pretrain_unicl.__file__,
+    ]
+    changes |= {"chunk_size": 3, "processes": 2}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *options(corpus, tmp_path / "two", **changes)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 x cpu, DistributedDataParallel" in done.stdout
+    for one, two in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True):
+        assert one.keys() == two.keys()
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-4)  # as many digits as the log has
+    together = load_file(tmp_path / "two" / "model" / "model.safetensors")
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    before = load_file(start / "model.safetensors")
+    assert any((alone[name] - before[name]).abs().max() > 1e-4 for name in alone)
+
+
+def test_the_chunks_of_a_batch_change_nothing(corpus, start, tmp_path):
+    whole = pretrain(corpus, tmp_path / "whole", **from_start(start, steps=3))
+    chunks = pretrain(corpus, tmp_path / "chunks", **from_start(start, steps=3, chunk_size=5))
+    torch.testing.assert_close(chunks, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["unicl", "sigmoid"])
+def test_a_locked_tower_stays_as_it_was(corpus, start, tmp_path, objective):
+    weights = pretrain(corpus, tmp_path, **from_start(start, steps=3, locked=True, objective=objective))
+    before = load_file(start / "model.safetensors")
+    for name, weight in weights.items():
+        of_pictures = name.startswith(("vision_model.", "visual_projection."))
+        assert torch.equal(weight, before[name]) is of_pictures, name
+    assert FlorenceProcessor.from_pretrained(tmp_path / "model").tokenizer.model_max_length == CONTEXT
+
+
+def test_a_start_with_a_shorter_context_is_refused(corpus, start, tmp_path):
+    with pytest.raises(ValueError, match=f"context_length: expected at most the {CONTEXT} tokens of .*, got 16"):
+        pretrain(corpus, tmp_path, init_from=start)
+
+
+def test_a_launcher_that_dropped_the_other_processes_is_noticed(corpus, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="expected 2 processes that train together, got 1; on CPUs launch"):
+        pretrain(corpus, tmp_path, processes=2)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="expected 3 processes"):
+        pretrain_unicl.check_processes(1, 0)
 
 
 def test_an_infinite_gradient_stops_the_run(corpus, tmp_path, monkeypatch):
@@ -360,6 +438,19 @@ def test_a_batch_depends_on_seed_and_step_alone(batches):
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(first[step][name])), (step, name)
     assert not torch.equal(first[0]["pixel_values"], first[1]["pixel_values"])
     assert not torch.equal(batches(seed=1)(0)["pixel_values"], first[0]["pixel_values"])
+
+
+def test_the_parts_of_all_processes_are_the_batch(batches):
+    for step in range(3):
+        whole, first, second = batches()(step), batches(0, 2)(step), batches(1, 2)(step)
+        assert whole["positives"] == first["positives"] == second["positives"]
+        equal = (whole["labels"][:, None] == whole["labels"]).sum(1).double().mean().item()
+        assert whole["positives"] == pytest.approx(equal)
+        for name in ("pixel_values", "input_ids", "attention_mask", "labels", "class_labels", "rows"):
+            parts = [torch.as_tensor(part[name]) for part in (first, second)]
+            assert len(parts[0]) == BATCH // 2 and torch.equal(torch.cat(parts), torch.as_tensor(whole[name]))
+    with pytest.raises(ValueError, match="batch_size: expected a multiple of 3 processes, got 16"):
+        batches(0, 3)
 
 
 def record_augmentation(monkeypatch, change: Callable) -> list[tuple[int, int, float]]:
@@ -503,7 +594,7 @@ def test_the_shipped_recipe_is_complete():
         ("steps: 5\nlearnig_rate: 0.1\nepochs: 3\n", "unknown keys epochs, learnig_rate"),
         ("", "expected keys and values, got None"),
         ("- steps\n", "expected keys and values"),
-        ("objective: siglip\n", "objective: expected 'unicl' or 'clip', got 'siglip'"),
+        ("objective: siglip\n", "objective: expected one of unicl, clip, sigmoid, got 'siglip'"),
         ("precision: float16\n", "precision: expected"),
         ("steps: 0\n", "steps: expected an integer >= 1, got 0"),
         ("steps: 2.5\n", "steps: expected an integer >= 1, got 2.5"),

@@ -1,4 +1,7 @@
-"""UniCL's loss against the paper's equations in plain loops, CLIP's loss, finite differences, and its symmetries."""
+"""UniCL's loss against the paper's equations in plain loops, CLIP's loss, finite differences, and its symmetries.
+
+The sigmoid loss against SigLIP's model in transformers and binary cross entropies one by one.
+"""
 
 import math
 
@@ -8,9 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.testing import assert_close
+from transformers import SiglipConfig, SiglipModel
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
-from transformers_florence.losses_contrastive import positive_cross_entropy, unicl_loss
+from transformers_florence.losses_contrastive import (
+    positive_cross_entropy,
+    sigmoid_loss,
+    sigmoid_rows,
+    unicl_loss,
+    unicl_rows,
+)
 
 LABELS = [[0], [0, 1, 2], [5, 5], [0, 1, 0, 2], [7, 7, 7, 7], [-3, 2**40, -3, 2**40, 0]]
 label_lists = st.lists(st.integers(-3, 3), min_size=1, max_size=16)
@@ -178,6 +188,76 @@ def test_cross_entropy_of_a_rectangle():
     assert_close(positive_cross_entropy(logits, positives), F.cross_entropy(logits, targets, reduction="none"))
 
 
+@pytest.mark.parametrize("labels", LABELS, ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_parts_of_the_rows_add_up_to_the_whole(labels, rows):
+    images, texts = pairs(len(labels))
+    numbers, scale, bias = torch.tensor(labels), torch.tensor(14.3), torch.tensor(-3.0)
+
+    def total(row_loss, queries: torch.Tensor, keys: torch.Tensor, *scalars: torch.Tensor) -> torch.Tensor:
+        parts = zip(queries.split(rows), numbers.split(rows), strict=True)
+        return torch.cat([row_loss(part, keys, own, numbers, *scalars) for part, own in parts]).sum()
+
+    both_ways = total(unicl_rows, images, texts, scale) + total(unicl_rows, texts, images, scale)
+    assert_close(both_ways, unicl_loss(images, texts, numbers, scale, "sum"))
+    assert_close(
+        total(sigmoid_rows, images, texts, scale, bias), sigmoid_loss(images, texts, numbers, scale, bias, "sum")
+    )
+
+
+def test_unique_labels_give_siglips_loss():
+    tower = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    config = SiglipConfig(
+        text_config=dict(vocab_size=20, max_position_embeddings=4, pad_token_id=0, **tower),
+        vision_config=dict(image_size=8, patch_size=4, **tower),
+    )
+    model = SiglipModel(config).eval()
+    with torch.no_grad():
+        model.logit_scale.fill_(1.5)
+        model.logit_bias.fill_(-2.5)
+        output = model(input_ids=torch.randint(20, (5, 4)), pixel_values=torch.randn(5, 3, 8, 8), return_loss=True)
+        arguments = output.image_embeds, output.text_embeds, torch.randperm(5), model.logit_scale.exp()
+        assert_close(sigmoid_loss(*arguments, model.logit_bias), output.loss)
+
+
+@pytest.mark.parametrize("labels", LABELS, ids=str)
+@pytest.mark.parametrize(("tau", "bias"), [(10.0, -10.0), (1.0, 0.5), (100.0, -30.0)])
+def test_sigmoid_is_one_question_for_each_pair(labels, tau, bias):
+    images, texts = pairs(len(labels))
+    total = 0.0
+    for i, image in enumerate(images.tolist()):
+        for k, text in enumerate(texts.tolist()):
+            logit = tau * sum(a * b for a, b in zip(image, text, strict=True)) + bias
+            total += math.log(1 + math.exp(-logit if labels[i] == labels[k] else logit))
+    arguments = images, texts, torch.tensor(labels), torch.tensor(tau), torch.tensor(bias)
+    loss = sigmoid_loss(*arguments, "sum")
+    assert loss.dtype == torch.float64 and loss.shape == ()
+    assert loss.item() == pytest.approx(total, rel=1e-6)
+    assert sigmoid_loss(*arguments).item() == pytest.approx(total / len(labels), rel=1e-6)
+
+
+def test_sigmoid_gradients_are_finite_differences():
+    images, texts = (tensor.requires_grad_() for tensor in pairs(4, dim=3))
+    scalars = [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (1.3, -0.8)]
+
+    def loss(images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return sigmoid_loss(images, texts, torch.tensor([0, 1, 0, 2]), scale, bias)
+
+    assert torch.autograd.gradcheck(loss, (images, texts, *scalars), atol=1e-8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_sigmoid_stays_finite_and_out_of_autocast(dtype):
+    images = torch.eye(4, dtype=dtype).requires_grad_()
+    for texts in (images.detach(), -images.detach()):
+        arguments = texts, torch.tensor([0, 1, 1, 2]), torch.tensor(100.0), torch.tensor(-10.0)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = sigmoid_loss(images, *arguments)
+        assert loss.dtype == torch.float32
+        assert_close(loss, sigmoid_loss(images.float(), texts.float(), *arguments[1:]), rtol=0, atol=0)
+        assert torch.isfinite(loss) and torch.isfinite(torch.autograd.grad(loss, images)[0]).all()
+
+
 ROWS = torch.eye(3)
 BAD_INPUTS = {
     "fewer texts than images": (dict(text_embeds=ROWS[:2]), r"as many texts as images.*\(3, 3\).*\(2, 3\)"),
@@ -207,3 +287,26 @@ def test_bad_input_is_refused(case):
     arguments = dict(image_embeds=ROWS, text_embeds=ROWS, labels=torch.arange(3), logit_scale=torch.tensor(1.0))
     with pytest.raises(ValueError, match=message):
         unicl_loss(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_input_of_the_sigmoid_is_refused_alike(case):
+    changes, message = BAD_INPUTS[case]
+    arguments = dict(image_embeds=ROWS, text_embeds=ROWS, labels=torch.arange(3), logit_scale=torch.tensor(1.0))
+    with pytest.raises(ValueError, match=message):
+        sigmoid_loss(**{**arguments, **changes}, logit_bias=torch.tensor(0.0))
+
+
+BAD_BIASES = {
+    "a bias without a tensor": (-10.0, "logit_bias as a floating-point tensor, got float"),
+    "no bias": (None, "logit_bias as a floating-point tensor, got NoneType"),
+    "an integer": (torch.tensor(-10), "logit_bias as a floating-point tensor, got torch.int64"),
+    "a bias for each text": (torch.zeros(3), r"a scalar logit_bias, got shape \(3,\)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BIASES)
+def test_a_bad_bias_is_refused(case):
+    bias, message = BAD_BIASES[case]
+    with pytest.raises(ValueError, match=message):
+        sigmoid_loss(ROWS, ROWS, torch.arange(3), torch.tensor(1.0), bias)

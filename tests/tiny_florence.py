@@ -68,9 +68,9 @@ def tiny_processor() -> FlorenceProcessor:
     return FlorenceProcessor(tiny_image_processor(), tiny_tokenizer())
 
 
-def save_tiny(folder: Path) -> FlorenceModel:
+def save_tiny(folder: Path, **overrides) -> FlorenceModel:
     """A dual encoder and its processor in `folder`."""
-    model = tiny_model()
+    model = tiny_model(**overrides)
     model.save_pretrained(folder)
     tiny_processor().save_pretrained(folder)
     return model

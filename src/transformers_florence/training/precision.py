@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+KEPT = ("logit_scale", "logit_bias", "prototypes")
+
 
 def cpu_has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices in hardware (AVX-512 BF16 or AMX)."""
@@ -19,7 +21,8 @@ class Bfloat16Forward(nn.Module):
     activation is cast twice. On a CPU a step of a small window tower takes about 0.6 times autocast's time.
 
     Args:
-        model: float32 weights; `logit_scale` is left in float32, because rounding it would move every logit.
+        model: float32 weights; what logits are made of directly is left in float32, because rounding it would move
+            all of them: the temperature, the bias, label prototypes.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -29,7 +32,7 @@ class Bfloat16Forward(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What `model` returns for the same arguments."""
         weights = {
-            name: weight if name.endswith("logit_scale") else weight.to(torch.bfloat16)
+            name: weight if name.endswith(KEPT) else weight.to(torch.bfloat16)
             for name, weight in self.model.named_parameters()
         }
         return functional_call(self.model, weights, args, kwargs)
