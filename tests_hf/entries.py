@@ -10,6 +10,7 @@ from transformers_florence import (
     FlorenceBackbone,
     FlorenceConfig,
     FlorenceDetectionConfig,
+    FlorenceDetectionImageProcessor,
     FlorenceForImageClassification,
     FlorenceForObjectDetection,
     FlorenceImageProcessor,
@@ -176,7 +177,17 @@ CONFIGS = (
     (FlorenceDetectionConfig, {"hidden_size": 64, "num_blocks": 2}),
 )
 IMAGE_PROCESSORS = {"torchvision": FlorenceImageProcessor, "pil": FlorenceImageProcessorPil}
+DETECTION_IMAGE_PROCESSORS = {"torchvision": FlorenceDetectionImageProcessor}
 PROCESSOR = FlorenceProcessor
 TOKENIZER = FlorenceTokenizer
 
-__all__ = ["BATCH", "CONFIGS", "IMAGE_PROCESSORS", "MODELS", "PROCESSOR", "TOKENIZER", "ModelEntry"]
+__all__ = [
+    "BATCH",
+    "CONFIGS",
+    "DETECTION_IMAGE_PROCESSORS",
+    "IMAGE_PROCESSORS",
+    "MODELS",
+    "PROCESSOR",
+    "TOKENIZER",
+    "ModelEntry",
+]

@@ -7,7 +7,7 @@ from unittest import mock
 
 from transformers import CLIPTokenizer, ProcessorMixin
 
-from .entries import IMAGE_PROCESSORS, PROCESSOR, TOKENIZER
+from .entries import DETECTION_IMAGE_PROCESSORS, IMAGE_PROCESSORS, PROCESSOR, TOKENIZER
 from .loader import load
 from .reasons import own
 from .vocabulary import tokenizer
@@ -37,6 +37,20 @@ class Settings(images.ImageProcessingTester):
         return IMAGE_PROCESSORS
 
 
+class DetectionSettings(Settings):
+    """The detector's: no crop, a batch is padded to its largest picture."""
+
+    SETTINGS = {
+        "size": {"shortest_edge": 18, "longest_edge": 30},
+        **{name: value for name, value in Settings.SETTINGS.items() if "crop" not in name and name != "size"},
+        "do_pad": True,
+        "size_divisor": 1,
+    }
+
+    def _get_image_processing_classes(self):
+        return DETECTION_IMAGE_PROCESSORS
+
+
 class FlorenceImageProcessorTest(images.ImageProcessingTestMixin, unittest.TestCase):
     image_processor_tester_class = Settings
     test_cast_dtype = True
@@ -48,7 +62,7 @@ class FlorenceImageProcessorTest(images.ImageProcessingTestMixin, unittest.TestC
         for backend in self.image_processing_classes.values():
             processor = backend(**self.image_processor_dict)
             pixels = processor(pictures, input_data_format="channels_last", return_tensors="pt").pixel_values
-            self.assertEqual(tuple(pixels.shape), (tester.batch_size, 3, 18, 18))
+            self.assertEqual(tuple(pixels.shape[:2]), (tester.batch_size, 3))
             with self.assertRaisesRegex(ValueError, "image_mean: expected one finite number or three"):
                 processor(pictures, image_mean=[0.0] * 4, image_std=[1.0] * 4, do_convert_rgb=False)
 
@@ -64,6 +78,10 @@ class FlorenceImageProcessorTest(images.ImageProcessingTestMixin, unittest.TestC
 
         with mock.patch.object(subprocess, "run", run_with_package):
             super().test_pil_can_run_without_torchvision()
+
+
+class FlorenceDetectionImageProcessorTest(FlorenceImageProcessorTest):
+    image_processor_tester_class = DetectionSettings
 
 
 class FlorenceProcessorTest(load("test_processing_common").ProcessorTesterMixin, unittest.TestCase):
