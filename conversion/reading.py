@@ -14,7 +14,7 @@ from transformers_florence.loading import weight_files
 
 Tensors = dict[str, torch.Tensor]
 
-PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
+PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 CONTAINERS = ("model", "state_dict")  # under these, training scripts keep the weights beside the optimizer's state
 # UniCL's training writes its yacs configuration into the checkpoint. torch's reader knows no such class, and gets a
 # plain dictionary for its name: nothing of yacs is imported, nothing but data can come out.

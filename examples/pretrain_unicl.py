@@ -2,8 +2,13 @@
 
     python examples/build_picture_corpus.py --permissive --out corpus
     python examples/pretrain_unicl.py --config examples/configs/florence_nano.yaml --corpus corpus
-    accelerate launch --num_processes 8 examples/pretrain_unicl.py --config ... --batch_size 4096 --chunk_size 128
+    accelerate launch --config_file examples/configs/accelerate/zero2.yaml examples/pretrain_unicl.py --config ...
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 examples/pretrain_unicl.py --config ... --processes 2
+
+How many processes train together, and how, is Accelerate's configuration. `examples/configs/accelerate/` has
+`one_gpu.yaml`, `eight_gpus.yaml` and `multi_node.yaml` (DDP), and `zero1.yaml`, `zero2.yaml` and `zero3.yaml`: these
+shard by DeepSpeed as `zero1.json`, `zero2.json` and `zero3.json` of `examples/configs/deepspeed/` say, with CPU
+offload, and clip to `--max_grad_norm`. A run prints what it found, and stops where that is not what was asked for.
 
 Every field of `PretrainArguments` is an option of the command line and a key of the YAML file; the command line wins.
 An interrupted run goes on from its last checkpoint when the same command is given again; every random choice of step
@@ -14,7 +19,6 @@ longer; another seed or shape wants another `--output`. Several processes share 
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
@@ -25,7 +29,6 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
 
@@ -43,10 +46,18 @@ from transformers_florence.data.picture_corpus import PictureCorpus, load_split
 from transformers_florence.data.prompts import DRAWING_TEMPLATES
 from transformers_florence.evaluation.zero_shot import build_zero_shot_classifier, embed_pixels, top_k_accuracy
 from transformers_florence.training.checkpointing import resume_training, save_checkpoint
-from transformers_florence.training.gradient_cache import cached_backward
 from transformers_florence.training.objectives import OBJECTIVES, ContrastiveObjective, lock_image_tower
 from transformers_florence.training.optimization import parameter_groups
 from transformers_florence.training.precision import Bfloat16Forward, cpu_has_bfloat16
+from transformers_florence.training.sharding import (
+    check_running,
+    configure_deepspeed,
+    guarded_step,
+    keep_scalars_as_vectors,
+    make_accelerator,
+    save_whole,
+    zero_stage,
+)
 from transformers_florence.training.stability import GuardedUpdate, StopRequest
 from transformers_florence.training.tracking import LocalTracker, make_trackers
 
@@ -326,20 +337,6 @@ def check_same_run(output: Path, record: dict) -> None:
         raise ValueError(f"{output} holds another run: expected equal arguments or another output, got {got}")
 
 
-def check_processes(ranks: int, wanted: int) -> None:
-    """Refuse to train alone what was meant to be trained together: some launchers drop data parallelism in silence.
-
-    Raises:
-        ValueError: there are not as many processes as the launcher or `wanted` say.
-    """
-    wanted = wanted or int(os.environ.get("WORLD_SIZE", 1))
-    if ranks != wanted:
-        raise ValueError(
-            f"expected {wanted} processes that train together, got {ranks}; on CPUs launch them by "
-            "`ACCELERATE_USE_CPU=true torchrun --nproc_per_node N`"
-        )
-
-
 def held_out_style(arguments: PretrainArguments, names: list[str]) -> PictureCorpus | None:
     """The pictures of the held-out style whose names occur in training, if the corpus has such a split."""
     try:
@@ -355,14 +352,14 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(
+    accelerator = make_accelerator(
+        processes=arguments.processes,
         mixed_precision="no",  # whatever Accelerate's own settings say: `precision` decides
         log_with=make_trackers(arguments.report_to, output),
         project_dir=str(output),
         step_scheduler_with_optimizer=False,  # or the schedule would move once for each rank
     )
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    check_processes(ranks, arguments.processes)
+    rank, ranks, stage = accelerator.process_index, accelerator.num_processes, zero_stage(accelerator)
     torch.manual_seed(arguments.seed)
 
     rows = load_split(arguments.corpus, "train")
@@ -375,10 +372,11 @@ def main(argv: list[str] | None = None) -> None:
     sources = rows["source"] if "source" in rows.column_names else ["emoji"] * len(corpus)
     names = sorted({name for name, source in zip(corpus.names, sources, strict=True) if source == "emoji"})
     style = held_out_style(arguments, names)
+    parameters = sum(weight.numel() for weight in model.parameters())  # ZeRO-3 will leave none in the model
 
-    use_bfloat16 = arguments.precision == "bfloat16" or (
-        arguments.precision == "auto" and (accelerator.device.type != "cpu" or cpu_has_bfloat16())
-    )
+    has_bfloat16 = accelerator.device.type != "cpu" or cpu_has_bfloat16()
+    use_bfloat16 = arguments.precision == "bfloat16" or (arguments.precision == "auto" and has_bfloat16)
+    dtype = torch.bfloat16 if use_bfloat16 else torch.float32
     num_labels = int(corpus.labels.max()) + 1 if arguments.objective != "clip" else 0
     objective = ContrastiveObjective(
         model,
@@ -387,6 +385,8 @@ def main(argv: list[str] | None = None) -> None:
         prototype_weight=arguments.prototype_weight,
         alignment_weight=arguments.alignment_weight,
     )
+    if stage is not None:
+        keep_scalars_as_vectors(objective)
     rates = {
         "token_embedding": arguments.token_rate,
         "text_model.": arguments.text_rate,
@@ -402,9 +402,11 @@ def main(argv: list[str] | None = None) -> None:
     image_group = next(index for index, group in enumerate(groups) if "lr" not in group)
     optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.98), fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, arguments.warmup_steps, arguments.steps)
-    wrapped: torch.nn.Module = Bfloat16Forward(objective) if use_bfloat16 else objective
-    wrapped, optimizer, schedule = accelerator.prepare(wrapped, optimizer, schedule)
     batches = Batches(arguments, corpus, processor, accelerator.device, rank, ranks)
+    configure_deepspeed(accelerator, arguments.batch_size, arguments.max_grad_norm, dtype)
+    wrapped: torch.nn.Module = Bfloat16Forward(objective) if use_bfloat16 and stage is None else objective
+    wrapped, optimizer, schedule = accelerator.prepare(wrapped, optimizer, schedule)
+    running = check_running(accelerator, wrapped, dtype)
 
     digest = hashlib.sha256("\n".join(training_texts(corpus)).encode()).hexdigest()
     record = {**asdict(arguments), "texts": digest}
@@ -413,7 +415,7 @@ def main(argv: list[str] | None = None) -> None:
         accelerator,
         optimizer,
         schedule,
-        model.parameters(),
+        objective.parameters(),
         max_grad_norm=arguments.max_grad_norm,
         policy=arguments.non_finite,
     )
@@ -430,11 +432,8 @@ def main(argv: list[str] | None = None) -> None:
             tracker.go_on_after(first)
     if accelerator.is_main_process:
         (output / "arguments.json").write_text(json.dumps(record, indent=2), "utf-8")
-    accelerator.print(
-        f"{len(corpus)} pictures, {len(names)} names, {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{batches.per_epoch} steps an epoch, {'bfloat16' if use_bfloat16 else 'float32'} on {ranks} x "
-        f"{accelerator.device.type}, {type(wrapped).__name__}"
-    )
+    sizes = f"{len(corpus)} pictures, {len(names)} names, {parameters:,} parameters"
+    accelerator.print(f"{sizes}, {batches.per_epoch} steps an epoch, {running}")
 
     started, seen = time.monotonic(), 0
     chunk_size = arguments.chunk_size or arguments.batch_size
@@ -451,34 +450,34 @@ def main(argv: list[str] | None = None) -> None:
         for step in bar:
             # Drop path's choices depend on the step alone, and differ between processes.
             torch.manual_seed((arguments.seed << 32) + step * ranks + rank)
-            batch = batches(step)
-            loss = cached_backward(
+            batch, rate = batches(step), schedule.get_last_lr()[image_group]
+            found = guarded_step(
+                update,
                 wrapped,
                 partial(objective.loss, **batch["labels"]),
                 batch["inputs"],
                 chunk_size,
                 shared=objective.shared_outputs,
-                accelerator=accelerator,
+                step=step,
+                samples=batch["rows"],
             )
-            rate = schedule.get_last_lr()[image_group]
-            norm = update(loss, step=step, samples=batch["rows"]).gradient_norm
             seen += arguments.batch_size
             done = step + 1
             entry: dict = {}
             if done % arguments.log_every == 0:
                 speed = seen / (time.monotonic() - started)
                 entry = {
-                    "loss": round(loss.item(), 4),
-                    "gradient_norm": None if norm is None else round(norm, 3),
+                    "loss": round(found.loss.item(), 6),
+                    "gradient_norm": None if found.gradient_norm is None else round(found.gradient_norm, 3),
                     "learning_rate": rate,
-                    "logit_scale": round(model.logit_scale.exp().item(), 2),
+                    "logit_scale": round(found.shared["logit_scale"].item(), 2),
                     "positives": round(batch["positives"], 2),
                     "pictures_per_second": round(speed, 1),
                     "skipped_steps": update.skipped,
                 }
                 bar.set_postfix(loss=entry["loss"], speed=f"{speed:.0f}/s", refresh=False)
             evaluates = style is not None and (done % arguments.eval_every == 0 or done == arguments.steps)
-            if evaluates and accelerator.is_main_process:
+            if evaluates and (accelerator.is_main_process or stage == 3):  # all gather the weights of ZeRO-3
                 entry |= evaluate(objective, processor, style, names, batches.side(step))
             if entry:
                 accelerator.log(entry, step=done)
@@ -491,8 +490,8 @@ def main(argv: list[str] | None = None) -> None:
                 return
 
     final = output / "model"
+    save_whole(accelerator, wrapped, model, final)
     if accelerator.is_main_process:
-        model.save_pretrained(final)
         processor.save_pretrained(final)
     accelerator.end_training()
     accelerator.print(f"saved the model to {final}")

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -348,6 +349,20 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_spoils_the_weights(cor
     assert all(torch.isfinite(tensor).all() for tensor in saved.values())
 
 
+def assert_nearly(weights: dict, expected: dict, before: dict, tolerance: float = 0.005) -> None:
+    """All weights together moved as far as expected, and in the same direction.
+
+    Each alone may not: Adam's first steps are about as long for a gradient that is rounding alone.
+    """
+    assert weights.keys() == expected.keys() == before.keys()
+    assert all(weights[name].shape == expected[name].shape for name in expected)
+    moved, right = (
+        torch.cat([(state[name] - before[name]).flatten() for name in expected]) for state in (weights, expected)
+    )
+    assert right.norm() > 0
+    assert (moved - right).norm() <= tolerance * right.norm()
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory) -> Path:
     """A checkpoint without stochastic depth, whose choices would depend on the number of processes."""
@@ -383,6 +398,7 @@ def test_two_processes_are_one(corpus, start, tmp_path):
     assert "2 x cpu, DistributedDataParallel" in done.stdout
     for one, two in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True):
         assert one.keys() == two.keys()
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert two == pytest.approx(one, rel=1e-4, abs=1e-4)  # as many digits as the log has
     together = load_file(tmp_path / "two" / "model" / "model.safetensors")
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
@@ -411,12 +427,104 @@ def test_a_start_with_a_shorter_context_is_refused(corpus, start, tmp_path):
         pretrain(corpus, tmp_path, init_from=start)
 
 
-def test_a_launcher_that_dropped_the_other_processes_is_noticed(corpus, tmp_path, monkeypatch):
+def test_a_launcher_that_dropped_the_other_processes_is_noticed(corpus, tmp_path):
     with pytest.raises(ValueError, match="expected 2 processes that train together, got 1; on CPUs launch"):
         pretrain(corpus, tmp_path, processes=2)
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match="expected 3 processes"):
-        pretrain_unicl.check_processes(1, 0)
+
+
+# A script that calls `main` with a loss of NaN at the second step.
+DIVERGING = """
+import pretrain_unicl
+
+loss_of, calls = pretrain_unicl.ContrastiveObjective.loss, []
+
+
+def diverge(self, **parts):
+    calls.append(1)
+    return loss_of(self, **parts) * (float("nan") if len(calls) == 2 else 1.0)
+
+
+pretrain_unicl.ContrastiveObjective.loss = diverge
+pretrain_unicl.main()
+"""
+
+
+def launch_zero(stage: int, script: Path, options: list[str], folder: Path) -> str:
+    """Two processes through Accelerate's own launcher, with the files of `examples/configs`; what they printed."""
+    configs = Path(pretrain_unicl.__file__).parent / "configs"
+    values = json.loads((configs / "deepspeed" / f"zero{stage}.json").read_text("utf-8"))
+    if stage == 3:
+        values["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or weights this small stay whole
+    (folder / "deepspeed.json").write_text(json.dumps(values), "utf-8")
+    launcher = ["--config_file", str(configs / "accelerate" / f"zero{stage}.yaml"), "--num_processes", "2"]
+    launcher += ["--deepspeed_config_file", str(folder / "deepspeed.json"), "--main_process_port", "0"]
+    path = os.pathsep.join([str(configs.parent), str(configs.parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(script), *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None,
+    reason="needs DeepSpeed: pip install 'transformers_florence[deepspeed]'",
+)
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "chunk_size"), [(1, 0), (1, 3), (2, 0), (2, 3), (3, 0), (3, 3)])
+def test_zero_is_one_process_and_goes_on_from_a_checkpoint(corpus, start, tmp_path, stage, chunk_size):
+    changes = from_start(start, steps=20, save_every=10, eval_every=10, category_batches=0.5, keyword_batches=0)
+    changes["max_grad_norm"] = 1e6  # clips nothing
+    alone = pretrain(corpus, tmp_path / "one", **changes)
+    two = tmp_path / "two"
+    script = Path(pretrain_unicl.__file__)
+    arguments = options(corpus, two, chunk_size=chunk_size, **changes)
+    assert f"2 x cpu, DeepSpeedEngine with ZeRO-{stage}\n" in launch_zero(stage, script, arguments, tmp_path)
+    for one, row in zip(read_log(tmp_path / "one"), read_log(two), strict=True):
+        assert row["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert row == pytest.approx(one, rel=1e-4, abs=1e-4)
+    model = load_checkpoint(FlorenceModel, two / "model")
+    assert_nearly(model.state_dict(), alone, load_file(start / "model.safetensors"))
+    assert FlorenceProcessor.from_pretrained(two / "model").tokenizer.model_max_length == CONTEXT
+
+    first = load_file(two / "model" / "model.safetensors")
+    shutil.rmtree(two / "checkpoint-20")
+    shutil.rmtree(two / "model")
+    assert "checkpoint-10 at step 10\n" in launch_zero(stage, script, arguments, tmp_path)
+    assert_same_weights(load_file(two / "model" / "model.safetensors"), first)
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "chunk_size"), [(2, 0), (3, 3)])
+def test_zero_clips_and_leaves_a_bad_step_out_as_one_process_does(corpus, start, tmp_path, stage, chunk_size):
+    changes = from_start(start, steps=4, category_batches=0.5, keyword_batches=0, non_finite="skip")
+    changes["max_grad_norm"] = 0.7  # of a norm of about 20
+    script = tmp_path / "diverging.py"
+    script.write_text(DIVERGING, "utf-8")
+    loss_of, calls = pretrain_unicl.ContrastiveObjective.loss, []
+
+    def diverge(self, **parts):
+        calls.append(1)
+        return loss_of(self, **parts) * (float("nan") if len(calls) == 2 else 1.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain_unicl.ContrastiveObjective, "loss", diverge)
+        alone = pretrain(corpus, tmp_path / "one", **changes)
+    launch_zero(stage, script, options(corpus, tmp_path / "two", chunk_size=chunk_size, **changes), tmp_path)
+    rows = [read_log(tmp_path / name) for name in ("one", "two")]
+    assert [row["skipped_steps"] for row in rows[1]] == [0, 1, 1, 1]
+    losses = [[row["loss"] for row in log] for log in rows]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5, nan_ok=True)
+    assert np.isnan(losses[1][1])
+    together = load_file(tmp_path / "two" / "model" / "model.safetensors")
+    assert_nearly(together, alone, load_file(start / "model.safetensors"))
 
 
 def test_an_infinite_gradient_stops_the_run(corpus, tmp_path, monkeypatch):

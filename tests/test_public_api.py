@@ -44,11 +44,19 @@ ROOT = Path(__file__).resolve().parents[1]
 # A name that goes away or changes its arguments breaks somebody: change this list only on purpose, with the changelog.
 PUBLIC = {
     "FlorenceBackbone": "(config)",
+    "FlorenceCaptioningConfig": None,
     "FlorenceConfig": None,  # fields, see test_configuration_florence.py
     "FlorenceDetectionConfig": None,  # fields, see test_configuration_florence_detection.py
     "FlorenceDetectionImageProcessor": "(**kwargs)",
+    "FlorenceForImageCaptioning": "(config)",
     "FlorenceForImageClassification": "(config)",
+    "FlorenceForImageTextRetrieval": "(config)",
     "FlorenceForObjectDetection": "(config)",
+    "FlorenceForPreTraining": "(config)",
+    "FlorenceForQuestionAnswering": "(config)",
+    "FlorenceForVideoClassification": "(config)",
+    "FlorenceFusionConfig": None,
+    "FlorenceFusionModel": "(config)",
     "FlorenceImageProcessor": "(**kwargs)",
     "FlorenceImageProcessorPil": "(**kwargs)",
     "FlorenceModel": "(config)",
@@ -57,12 +65,19 @@ PUBLIC = {
     "FlorenceTextConfig": None,
     "FlorenceTextModel": "(config)",
     "FlorenceTokenizer": None,
+    "FlorenceVideoConfig": None,
+    "FlorenceVideoModel": "(config)",
+    "FlorenceVideoProcessor": "(**kwargs)",
     "FlorenceVisionConfig": None,
     "FlorenceVisionModel": "(config, *, add_final_norm=True)",
+    "FlorenceVisualQuestionAnsweringPipeline": None,  # transformers' own
     "bundled_checkpoint": "(name='florence-nano')",
     "create_model_card": "(model, name, *, results=(), description='', **metadata)",
+    "fusion_learning_rates": "(learning_rate, *, fusion_factor=5.0, head_factor=50.0)",
+    "inflate_from_image": "(image_model, **fields)",
     "load_bundled": "(name='florence-nano', **kwargs)",
     "load_checkpoint": "(model_class, path, *, new=(), **kwargs)",
+    "sample_frame_indices": "(total, num_frames, sampling='uniform', frame_stride=1, num_clips=1, generator=None)",
     "unicl_loss": "(image_embeds, text_embeds, labels, logit_scale, reduction='mean')",
     "verify_checkpoint": "(folder)",
     "write_manifest": "(folder)",
@@ -76,8 +91,26 @@ FORWARD = {
     "FlorenceForObjectDetection": "(self, pixel_values=None, pixel_mask=None, labels=None, **kwargs)",
     "FlorenceBackbone": "(self, pixel_values, **kwargs)",
     "FlorenceProcessor": "(self, images=None, text=None, **kwargs)",
+    "FlorenceForImageCaptioning": "(self, input_ids=None, pixel_values=None, attention_mask=None, position_ids=None, "
+    "image_embeds=None, past_key_values=None, labels=None, use_cache=None, logits_to_keep=0, **kwargs)",
+    "FlorenceFusionModel": "(self, input_ids=None, pixel_values=None, attention_mask=None, "
+    "token_type_ids=None, "
+    "image_embeds=None, **kwargs)",
+    "FlorenceForImageTextRetrieval": "(self, input_ids=None, pixel_values=None, attention_mask=None, "
+    "token_type_ids=None, "
+    "image_embeds=None, labels=None, **kwargs)",
+    "FlorenceForPreTraining": "(self, input_ids=None, pixel_values=None, attention_mask=None, "
+    "token_type_ids=None, "
+    "image_embeds=None, labels=None, pair_labels=None, similarities=None, **kwargs)",
+    "FlorenceForQuestionAnswering": "(self, input_ids=None, pixel_values=None, attention_mask=None, "
+    "token_type_ids=None, "
+    "image_embeds=None, labels=None, **kwargs)",
+    "FlorenceForVideoClassification": "(self, pixel_values_videos=None, labels=None, **kwargs)",
+    "FlorenceVideoModel": "(self, pixel_values_videos=None, **kwargs)",
 }
-INHERITED_MEANING = {"get_input_embeddings", "set_input_embeddings"}  # methods documented by transformers
+INHERITED_MEANING = {  # methods documented by transformers
+    f"{verb}_{side}_embeddings" for verb in ("get", "set") for side in ("input", "output")
+}
 
 
 def bare_signature(function) -> str:

@@ -13,6 +13,8 @@ from .import_hook import ImportHook
 PUBLIC = {  # by the module that defines them
     "configuration_florence": ["FlorenceConfig", "FlorenceTextConfig", "FlorenceVisionConfig"],
     "configuration_florence_detection": ["FlorenceDetectionConfig"],
+    "configuration_florence_fusion": ["FlorenceCaptioningConfig", "FlorenceFusionConfig"],
+    "configuration_florence_video": ["FlorenceVideoConfig"],
     "image_processing_florence": ["FlorenceImageProcessor"],
     "image_processing_florence_detection": ["FlorenceDetectionImageProcessor"],
     "image_processing_pil_florence": ["FlorenceImageProcessorPil"],
@@ -21,11 +23,22 @@ PUBLIC = {  # by the module that defines them
     "losses_contrastive": ["unicl_loss"],
     "model_card": ["create_model_card"],
     "modeling_florence": ["FlorenceForImageClassification", "FlorenceModel", "FlorenceOutput"],
+    "modeling_florence_captioning": ["FlorenceForImageCaptioning"],
     "modeling_florence_detection": ["FlorenceForObjectDetection"],
+    "modeling_florence_fusion": ["FlorenceFusionModel"],
+    "modeling_florence_fusion_heads": [
+        "FlorenceForImageTextRetrieval",
+        "FlorenceForPreTraining",
+        "FlorenceForQuestionAnswering",
+        "fusion_learning_rates",
+    ],
     "modeling_florence_text": ["FlorenceTextModel"],
+    "modeling_florence_video": ["FlorenceForVideoClassification", "FlorenceVideoModel", "inflate_from_image"],
     "modeling_florence_vision": ["FlorenceBackbone", "FlorenceVisionModel"],
+    "pipelines": ["FlorenceVisualQuestionAnsweringPipeline"],
     "processing_florence": ["FlorenceProcessor"],
     "tokenization_florence": ["FlorenceTokenizer"],
+    "video_processing_florence": ["FlorenceVideoProcessor", "sample_frame_indices"],
 }
 MODULES = {name: module for module, names in PUBLIC.items() for name in names}
 # Every Auto class imports this; so do all of transformers' models and pipelines.

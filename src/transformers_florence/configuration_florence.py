@@ -52,66 +52,72 @@ MAX_DIMENSION = 1 << 20  # no width, depth, vocabulary or side of a published mo
 MAX_PARAMETERS = 20_000_000_000  # thirty times CoSwin-H: a tower beyond that is a slip or an attack on the memory
 
 
-def _fail(name: str, expected: str, got: Any) -> None:
+def fail(name: str, expected: str, got: Any) -> None:
+    """Refuse a field's value."""
     raise ValueError(f"`{name}`: expected {expected}, got {got!r}.")
 
 
-def _check_int(name: str, value: Any, low: int = 1, high: int = MAX_DIMENSION) -> None:
+def check_int(name: str, value: Any, low: int = 1, high: int = MAX_DIMENSION) -> None:
+    """Refuse what is no integer from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        _fail(name, f"an integer between {low} and {high}", value)
+        fail(name, f"an integer between {low} and {high}", value)
 
 
-def _check_float(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
+def check_float(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
+    """Refuse what is no finite number from `low` (or above it, if `open_low`) to `high`."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not low <= value <= high or (open_low and value == low):  # NaN fails every comparison
-        _fail(name, f"a finite number {'above' if open_low else 'from'} {low} up to {high}", value)
+        fail(name, f"a finite number {'above' if open_low else 'from'} {low} up to {high}", value)
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str | None, ...]) -> None:
+def check_choice(name: str, value: Any, choices: tuple[str | None, ...]) -> None:
+    """Refuse what is none of the choices."""
     if value not in choices:
-        _fail(name, "one of " + ", ".join(repr(choice) for choice in choices), value)
+        fail(name, "one of " + ", ".join(repr(choice) for choice in choices), value)
 
 
-def _check_int_list(name: str, value: Any, length: int | None = None) -> None:
+def check_int_list(name: str, value: Any, length: int | None = None) -> None:
+    """Refuse what is no list of integers, of that length."""
     if not isinstance(value, list | tuple) or not value or (length is not None and len(value) != length):
-        _fail(name, "a non-empty list of integers" if length is None else f"a list of {length} integers", value)
+        fail(name, "a non-empty list of integers" if length is None else f"a list of {length} integers", value)
     for index, item in enumerate(value):
-        _check_int(f"{name}[{index}]", item)
+        check_int(f"{name}[{index}]", item)
 
 
-def _check_parameters(names: str, count: float) -> None:
+def check_parameters(names: str, count: float) -> None:
+    """Refuse fields that would make more parameters than anybody has memory for."""
     if count > MAX_PARAMETERS:
-        _fail(names, f"a tower of at most {MAX_PARAMETERS:.0e} parameters", f"{count:.0e}")
+        fail(names, f"a tower of at most {MAX_PARAMETERS:.0e} parameters", f"{count:.0e}")
 
 
-def _check_base_fields(config: PreTrainedConfig, extra: dict[str, Any]) -> None:
+def check_base_fields(config: PreTrainedConfig, extra: dict[str, Any]) -> None:
     """Check the fields of transformers' base class that a model reads; it takes them from `extra` unchecked."""
     for name in ("trust_remote_code", "_attn_implementation"):  # a file must not choose what code runs
         extra.pop(name, None)
     attention = extra.get("attn_implementation")
     for value in attention.values() if isinstance(attention, dict) else [attention]:
         if value is not None and (not isinstance(value, str) or "/" in value):  # a slash names kernels on the Hub
-            _fail("attn_implementation", "the name of a local implementation (such as 'sdpa' or 'eager')", value)
+            fail("attn_implementation", "the name of a local implementation (such as 'sdpa' or 'eager')", value)
     dtype = extra.get("torch_dtype") if config.dtype is None else config.dtype
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(resolved, torch.dtype) and resolved.is_floating_point):
-        _fail("dtype", "a floating-point dtype of torch or its name", dtype)
+        fail("dtype", "a floating-point dtype of torch or its name", dtype)
     if extra.get("num_labels") is not None:
-        _check_int("num_labels", extra["num_labels"])
+        check_int("num_labels", extra["num_labels"])
     labels = config.id2label
     if labels is not None and not (isinstance(labels, dict) and labels and all(str(n).isdecimal() for n in labels)):
-        _fail("id2label", "a non-empty dictionary with class numbers as keys", labels)
-    _check_choice("problem_type", config.problem_type, (None, *PROBLEM_TYPES))
+        fail("id2label", "a non-empty dictionary with class numbers as keys", labels)
+    check_choice("problem_type", config.problem_type, (None, *PROBLEM_TYPES))
 
 
-def _same_file(config: PreTrainedConfig, other: Any) -> bool:
+def same_file(config: PreTrainedConfig, other: Any) -> bool:
     """Whether two configurations would be saved as the same file; where they were loaded from does not count."""
     return type(config) is type(other) and config.to_json_string() == other.to_json_string()
 
 
 def _named_size(table: dict[str, Any], size: str) -> Any:
     if not isinstance(size, str) or size not in table:
-        _fail("size", "one of " + ", ".join(table), size)
+        fail("size", "one of " + ", ".join(table), size)
     return table[size]
 
 
@@ -170,10 +176,10 @@ class FlorenceVisionConfig(BackboneConfigMixin, PreTrainedConfig):
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
-    __eq__ = _same_file
+    __eq__ = same_file
 
     def __post_init__(self, **kwargs: Any) -> None:
-        _check_base_fields(self, kwargs)
+        check_base_fields(self, kwargs)
         self.num_heads = kwargs.pop("num_attention_heads", self.num_heads)
         for name in ("image_size", "depths", "num_heads", "window_size"):
             if isinstance(value := getattr(self, name), tuple):
@@ -181,50 +187,50 @@ class FlorenceVisionConfig(BackboneConfigMixin, PreTrainedConfig):
         self.validate_architecture()
         for name in ("hidden_size", "num_layers", "num_hidden_layers", "stage_names", "embed_dims", "window_sizes"):
             if (value := kwargs.pop(name, None)) not in (None, getattr(self, name)):
-                _fail(name, f"{getattr(self, name)}, which follows from the other fields", value)
+                fail(name, f"{getattr(self, name)}, which follows from the other fields", value)
         numbers = range(-self.num_layers - 1, self.num_layers + 1)
         for name, choices in (("out_features", self.stage_names), ("out_indices", numbers)):
             if (value := kwargs.get(name)) is not None:
                 items = value if isinstance(value, list | tuple) else ()
                 if not items or any(type(item) not in (str, int) or item not in choices for item in items):
-                    _fail(name, f"some of {list(choices)}, or None", value)
+                    fail(name, f"some of {list(choices)}, or None", value)
         self.set_output_features_output_indices(kwargs.pop("out_features", None), kwargs.pop("out_indices", None))
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
         """Raise a `ValueError` that names the first field with an impossible value."""
         if isinstance(self.image_size, list | tuple):
-            _check_int_list("image_size", self.image_size, 2)
+            check_int_list("image_size", self.image_size, 2)
         else:
-            _check_int("image_size", self.image_size)
-        _check_int("num_channels", self.num_channels, high=1024)
-        _check_int("embed_dim", self.embed_dim)
-        _check_int_list("depths", self.depths)
+            check_int("image_size", self.image_size)
+        check_int("num_channels", self.num_channels, high=1024)
+        check_int("embed_dim", self.embed_dim)
+        check_int_list("depths", self.depths)
         if len(self.depths) > 8 or sum(self.depths) > 1000:
-            _fail("depths", "at most 8 stages and 1000 layers", self.depths)
-        _check_int_list("num_heads", self.num_heads, len(self.depths))
+            fail("depths", "at most 8 stages and 1000 layers", self.depths)
+        check_int_list("num_heads", self.num_heads, len(self.depths))
         for index, (dim, heads) in enumerate(zip(self.embed_dims, self.num_heads, strict=True)):
             if dim % heads:
-                _fail(f"num_heads[{index}]", f"a divisor of that stage's {dim} channels", heads)
+                fail(f"num_heads[{index}]", f"a divisor of that stage's {dim} channels", heads)
         if isinstance(self.window_size, list | tuple):
-            _check_int_list("window_size", self.window_size, len(self.depths))
+            check_int_list("window_size", self.window_size, len(self.depths))
         for index, size in enumerate(self.window_sizes):
-            _check_int(f"window_size[{index}]", size, high=256)
-        _check_choice("window_padding", self.window_padding, ("clamp", "pad"))
-        _check_choice("embed_type", self.embed_type, ("conv", "patch"))
-        _check_float("mlp_ratio", self.mlp_ratio, 1 / self.embed_dim, 64, open_low=True)  # at least one hidden channel
+            check_int(f"window_size[{index}]", size, high=256)
+        check_choice("window_padding", self.window_padding, ("clamp", "pad"))
+        check_choice("embed_type", self.embed_type, ("conv", "patch"))
+        check_float("mlp_ratio", self.mlp_ratio, 1 / self.embed_dim, 64, open_low=True)  # at least one hidden channel
         if not isinstance(self.qkv_bias, bool):
-            _fail("qkv_bias", "True or False", self.qkv_bias)
-        _check_choice("hidden_act", self.hidden_act, tuple(ACT2FN))
-        _check_float("attention_dropout", self.attention_dropout, 0, 1)
-        _check_float("drop_path_rate", self.drop_path_rate, 0, 0.99)
+            fail("qkv_bias", "True or False", self.qkv_bias)
+        check_choice("hidden_act", self.hidden_act, tuple(ACT2FN))
+        check_float("attention_dropout", self.attention_dropout, 0, 1)
+        check_float("drop_path_rate", self.drop_path_rate, 0, 0.99)
         if self.layer_scale_init_value is not None:
-            _check_float("layer_scale_init_value", self.layer_scale_init_value, 0, 10, open_low=True)
-        _check_float("layer_norm_eps", self.layer_norm_eps, 0, 1, open_low=True)
-        _check_float("initializer_range", self.initializer_range, 0, 10, open_low=True)
+            check_float("layer_scale_init_value", self.layer_scale_init_value, 0, 10, open_low=True)
+        check_float("layer_norm_eps", self.layer_norm_eps, 0, 1, open_low=True)
+        check_float("initializer_range", self.initializer_range, 0, 10, open_low=True)
         stages = zip(self.embed_dims, self.depths, self.num_heads, self.window_sizes, strict=True)
         layers = [n * ((4 + 2 * self.mlp_ratio) * dim**2 + heads * (2 * w - 1) ** 2) for dim, n, heads, w in stages]
-        _check_parameters("embed_dim, depths, mlp_ratio, window_size", sum(layers))
+        check_parameters("embed_dim, depths, mlp_ratio, window_size", sum(layers))
 
     @property
     def num_layers(self) -> int:
@@ -301,10 +307,10 @@ class FlorenceTextConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | None = None
 
-    __eq__ = _same_file
+    __eq__ = same_file
 
     def __post_init__(self, **kwargs: Any) -> None:
-        _check_base_fields(self, kwargs)
+        check_base_fields(self, kwargs)
         # CLIP's vocabulary ends with its begin and end tokens, and pads with the end token.
         if isinstance(self.vocab_size, int):
             self.eos_token_id = self.vocab_size - 1 if self.eos_token_id is None else self.eos_token_id
@@ -315,26 +321,26 @@ class FlorenceTextConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Raise a `ValueError` that names the first field with an impossible value."""
-        _check_int("vocab_size", self.vocab_size, high=1 << 24)
-        _check_int("hidden_size", self.hidden_size)
-        _check_int("intermediate_size", self.intermediate_size)
-        _check_int("num_hidden_layers", self.num_hidden_layers, high=1000)
-        _check_int("num_attention_heads", self.num_attention_heads)
+        check_int("vocab_size", self.vocab_size, high=1 << 24)
+        check_int("hidden_size", self.hidden_size)
+        check_int("intermediate_size", self.intermediate_size)
+        check_int("num_hidden_layers", self.num_hidden_layers, high=1000)
+        check_int("num_attention_heads", self.num_attention_heads)
         if self.hidden_size % self.num_attention_heads:
-            _fail("num_attention_heads", f"a divisor of hidden_size={self.hidden_size}", self.num_attention_heads)
-        _check_int("max_position_embeddings", self.max_position_embeddings)
+            fail("num_attention_heads", f"a divisor of hidden_size={self.hidden_size}", self.num_attention_heads)
+        check_int("max_position_embeddings", self.max_position_embeddings)
         if not isinstance(self.causal, bool):
-            _fail("causal", "True or False", self.causal)
-        _check_choice("hidden_act", self.hidden_act, tuple(ACT2FN))
-        _check_float("layer_norm_eps", self.layer_norm_eps, 0, 1, open_low=True)
-        _check_float("attention_dropout", self.attention_dropout, 0, 1)
-        _check_float("initializer_range", self.initializer_range, 0, 10, open_low=True)
-        _check_float("initializer_factor", self.initializer_factor, 0, 100, open_low=True)
+            fail("causal", "True or False", self.causal)
+        check_choice("hidden_act", self.hidden_act, tuple(ACT2FN))
+        check_float("layer_norm_eps", self.layer_norm_eps, 0, 1, open_low=True)
+        check_float("attention_dropout", self.attention_dropout, 0, 1)
+        check_float("initializer_range", self.initializer_range, 0, 10, open_low=True)
+        check_float("initializer_factor", self.initializer_factor, 0, 100, open_low=True)
         for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
-            _check_int(name, getattr(self, name), low=0, high=self.vocab_size - 1)
+            check_int(name, getattr(self, name), low=0, high=self.vocab_size - 1)
         layer = 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
         tables = (self.vocab_size + self.max_position_embeddings) * self.hidden_size
-        _check_parameters("hidden_size, intermediate_size, vocab_size", self.num_hidden_layers * layer + tables)
+        check_parameters("hidden_size, intermediate_size, vocab_size", self.num_hidden_layers * layer + tables)
 
     @classmethod
     def from_size(cls, size: str, **overrides: Any) -> "FlorenceTextConfig":
@@ -375,10 +381,10 @@ class FlorenceConfig(PreTrainedConfig):
     max_logit_scale: float | int | None = 100.0
     loss_reduction: str = "mean"
 
-    __eq__ = _same_file
+    __eq__ = same_file
 
     def __post_init__(self, **kwargs: Any) -> None:
-        _check_base_fields(self, kwargs)
+        check_base_fields(self, kwargs)
         self.validate_architecture()
         super().__post_init__(**kwargs)
 
@@ -387,16 +393,16 @@ class FlorenceConfig(PreTrainedConfig):
         for name, config_class in (("vision_config", FlorenceVisionConfig), ("text_config", FlorenceTextConfig)):
             value = getattr(self, name)
             if value is not None and not isinstance(value, dict | config_class):
-                _fail(name, f"a {config_class.__name__}, a dictionary or None", value)
+                fail(name, f"a {config_class.__name__}, a dictionary or None", value)
             if isinstance(value, dict) and value.get("model_type", config_class.model_type) != config_class.model_type:
-                _fail(f"{name}.model_type", repr(config_class.model_type), value["model_type"])
-        _check_int("projection_dim", self.projection_dim, high=1 << 16)
+                fail(f"{name}.model_type", repr(config_class.model_type), value["model_type"])
+        check_int("projection_dim", self.projection_dim, high=1 << 16)
         if self.max_logit_scale is not None:
-            _check_float("max_logit_scale", self.max_logit_scale, 0, 1e4, open_low=True)
+            check_float("max_logit_scale", self.max_logit_scale, 0, 1e4, open_low=True)
         bound = math.log(1e4 if self.max_logit_scale is None else self.max_logit_scale)
         highest = math.ceil(bound * 1e4) / 1e4  # a logarithm rounded to four digits passes
-        _check_float("logit_scale_init_value", self.logit_scale_init_value, -10, highest)
-        _check_choice("loss_reduction", self.loss_reduction, ("mean", "sum"))
+        check_float("logit_scale_init_value", self.logit_scale_init_value, -10, highest)
+        check_choice("loss_reduction", self.loss_reduction, ("mean", "sum"))
 
     @classmethod
     def from_size(cls, size: str, **overrides: Any) -> "FlorenceConfig":
@@ -406,4 +412,18 @@ class FlorenceConfig(PreTrainedConfig):
         return cls(**{**fields, **overrides})
 
 
-__all__ = ["TEXT_SIZES", "VISION_SIZES", "FlorenceConfig", "FlorenceTextConfig", "FlorenceVisionConfig"]
+__all__ = [
+    "TEXT_SIZES",
+    "VISION_SIZES",
+    "FlorenceConfig",
+    "FlorenceTextConfig",
+    "FlorenceVisionConfig",
+    "check_base_fields",
+    "check_choice",
+    "check_float",
+    "check_int",
+    "check_int_list",
+    "check_parameters",
+    "fail",
+    "same_file",
+]

@@ -11,11 +11,11 @@ from transformers import PreTrainedConfig
 from .configuration_florence import (
     FlorenceConfig,
     FlorenceVisionConfig,
-    _check_base_fields,
-    _check_choice,
-    _check_int,
-    _fail,
-    _same_file,
+    check_base_fields,
+    check_choice,
+    check_int,
+    fail,
+    same_file,
 )
 
 FIRST_STRIDE = 4  # of the image tower's first stage, in pixels
@@ -64,16 +64,16 @@ class FlorenceDetectionConfig(PreTrainedConfig):
     num_blocks: int = 6
     offset_layout: str = "crop"
 
-    __eq__ = _same_file
+    __eq__ = same_file
 
     def __post_init__(self, **kwargs: Any) -> None:
-        _check_base_fields(self, kwargs)
+        check_base_fields(self, kwargs)
         if self.vision_config is None:
             self.vision_config = {}
         if isinstance(self.vision_config, dict):
             model_type = self.vision_config.get("model_type", FlorenceVisionConfig.model_type)
             if model_type != FlorenceVisionConfig.model_type:
-                _fail("vision_config.model_type", repr(FlorenceVisionConfig.model_type), model_type)
+                fail("vision_config.model_type", repr(FlorenceVisionConfig.model_type), model_type)
             self.vision_config = FlorenceVisionConfig(**_for_detection(self.vision_config))
         self.validate_architecture()
         super().__post_init__(**kwargs)
@@ -81,16 +81,16 @@ class FlorenceDetectionConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Raise a `ValueError` that names the first field with an impossible value."""
         if not isinstance(self.vision_config, FlorenceVisionConfig):
-            _fail("vision_config", "a FlorenceVisionConfig, a dictionary or None", self.vision_config)
+            fail("vision_config", "a FlorenceVisionConfig, a dictionary or None", self.vision_config)
         self.vision_config.validate_architecture()
         indices = self.vision_config.out_indices
         if 0 in indices or list(indices) != list(range(indices[0], indices[0] + len(indices))):
-            _fail("vision_config.out_features", "successive stages", self.vision_config.out_features)
-        _check_int("hidden_size", self.hidden_size, high=1 << 14)
+            fail("vision_config.out_features", "successive stages", self.vision_config.out_features)
+        check_int("hidden_size", self.hidden_size, high=1 << 14)
         if self.hidden_size % NORM_GROUPS:
-            _fail("hidden_size", f"a multiple of {NORM_GROUPS}", self.hidden_size)
-        _check_int("num_blocks", self.num_blocks, low=0, high=1000)
-        _check_choice("offset_layout", self.offset_layout, ("crop", "official"))
+            fail("hidden_size", f"a multiple of {NORM_GROUPS}", self.hidden_size)
+        check_int("num_blocks", self.num_blocks, low=0, high=1000)
+        check_choice("offset_layout", self.offset_layout, ("crop", "official"))
 
     @property
     def strides(self) -> list[int]:

@@ -16,7 +16,7 @@ from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.processing_utils import Unpack
 
 from .box_ops import select_detections
-from .image_processing_shared import FlorenceImageProcessorKwargs, PictureDoor, _check_size, _is_count
+from .image_processing_shared import FlorenceImageProcessorKwargs, PictureDoor, check_size, is_count
 
 
 class FlorenceDetectionImageProcessorKwargs(FlorenceImageProcessorKwargs, total=False):  # type: ignore[call-arg]
@@ -100,10 +100,10 @@ class FlorenceDetectionImageProcessor(PictureDoor, TorchvisionBackend):
         if size is not None and not isinstance(size, SizeDict):
             size = SizeDict(**get_size_dict(size, default_to_square=bool(default_to_square)))
         sides, edges, bounds = {"height", "width"}, {"shortest_edge", "longest_edge"}, {"max_height", "max_width"}
-        _check_size("size", size, edges, {"shortest_edge"}, bounds, sides)
-        _check_size("pad_size", settings["pad_size"], sides)
+        check_size("size", size, edges, {"shortest_edge"}, bounds, sides)
+        check_size("pad_size", settings["pad_size"], sides)
         size_divisor = self.size_divisor if size_divisor is None else size_divisor
-        if not _is_count(size_divisor):
+        if not is_count(size_divisor):
             raise ValueError(f"size_divisor: expected a positive integer, got {size_divisor!r}")
         if settings.get("do_center_crop"):
             raise ValueError("do_center_crop: expected False, since objects would be cut off, got True")
@@ -235,7 +235,7 @@ class FlorenceDetectionImageProcessor(PictureDoor, TorchvisionBackend):
         for name, value in (("threshold", threshold), ("nms_threshold", nms_threshold)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name}: expected a number from 0 to 1, got {value!r}")
-        if not _is_count(top_k):
+        if not is_count(top_k):
             raise ValueError(f"top_k: expected a positive integer, got {top_k!r}")
         scores, boxes = outputs.logits.sigmoid(), box_convert(outputs.pred_boxes, "cxcywh", "xyxy")
         if target_sizes is None:

@@ -41,7 +41,8 @@ class FlorenceImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[c
 OWN_SETTINGS = ("max_pixels", "max_aspect_ratio", "matte")
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether it is a positive integer."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
@@ -49,9 +50,10 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_size(name: str, size: SizeDict | None, *allowed: set[str]) -> None:
+def check_size(name: str, size: SizeDict | None, *allowed: set[str]) -> None:
+    """Refuse a size with other keys than one of the allowed sets, or with values that are no positive integers."""
     given = {} if size is None else dict(size)
-    if size is not None and (set(given) not in allowed or not all(map(_is_count, given.values()))):
+    if size is not None and (set(given) not in allowed or not all(map(is_count, given.values()))):
         keys = " or ".join(str(sorted(keys)) for keys in allowed)
         raise ValueError(f"{name}: expected positive integers under {keys}, got {given}")
 
@@ -72,8 +74,8 @@ def check_settings(settings: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a setting is impossible; the message names it, what was expected and what came.
     """
-    _check_size("size", settings["size"], {"shortest_edge"}, {"height", "width"})
-    _check_size("crop_size", settings["crop_size"], {"height", "width"})
+    check_size("size", settings["size"], {"shortest_edge"}, {"height", "width"})
+    check_size("crop_size", settings["crop_size"], {"height", "width"})
     mean = _three_numbers("image_mean", settings["image_mean"])
     std = _three_numbers("image_std", settings["image_std"])
     if std is not None and min(std) <= 0:
@@ -81,7 +83,7 @@ def check_settings(settings: dict[str, Any]) -> dict[str, Any]:
     factor = settings.get("rescale_factor")
     if factor is not None and not (_is_finite(factor) and factor != 0):
         raise ValueError(f"rescale_factor: expected a finite number other than 0, got {factor}")
-    if not _is_count(settings["max_pixels"]):
+    if not is_count(settings["max_pixels"]):
         raise ValueError(f"max_pixels: expected a positive integer, got {settings['max_pixels']!r}")
     if not (_is_finite(settings["max_aspect_ratio"]) and settings["max_aspect_ratio"] >= 1):
         raise ValueError(f"max_aspect_ratio: expected a finite number >= 1, got {settings['max_aspect_ratio']!r}")
@@ -157,4 +159,4 @@ class PictureDoor(ManifestMixin, BaseImageProcessor):
         ]
 
 
-__all__ = ["FlorenceImageProcessorKwargs", "PictureDoor"]
+__all__ = ["FlorenceImageProcessorKwargs", "PictureDoor", "check_size", "is_count"]

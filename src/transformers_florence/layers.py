@@ -3,6 +3,7 @@
 
 import math
 import platform
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,8 @@ from .configuration_florence import FlorenceVisionConfig
 SLICE_ELEMENTS = 5 * 2**19
 # On x86, oneDNN's convolution beats what `F.linear` calls, up to so many input channels: see `Linear`.
 HAS_FAST_CONVOLUTION = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+# From so many tokens in a window on, torch's fused kernel for the CPU is the faster one where no gradient is wanted.
+FUSED_TOKENS = 128
 CONVOLUTION_CHANNELS = {torch.float32: math.inf, torch.bfloat16: 256}
 
 
@@ -214,6 +217,12 @@ def cpu_attention(
     return output.view(num_windows, heads, tokens, head_dim).transpose(1, 2), None
 
 
+def windows_at_a_time(query: torch.Tensor) -> int:
+    """How many windows of (num_windows, heads, tokens, head_dim) have scores that are no wider than a slice."""
+    _, heads, tokens, _ = query.shape
+    return max(1, SLICE_ELEMENTS // (heads * tokens**2))
+
+
 class WindowAttention(nn.Module):
     """Multi-head attention inside windows, with a learnt bias for each relative position and head (Swin)."""
 
@@ -242,12 +251,47 @@ class WindowAttention(nn.Module):
         index: rows of the table, (window_area, window_area); mask: (windows of a picture, window_area,
         window_area) or None.
         """
-        bias = self.relative_position_bias_table[index].permute(2, 0, 1)[None]
-        # Contiguous, because adding a permuted bias to the scores takes ten times as long.
-        return bias.contiguous() if mask is None else bias.contiguous() + mask[:, None]
+        # Rows for the heads first: its gradient takes a fraction of that of `table[index]`, and the bias comes out
+        # contiguous (adding a permuted one to the scores takes ten times as long).
+        table = self.relative_position_bias_table.T.contiguous()
+        bias = table.index_select(1, index.flatten()).view(1, self.num_heads, *index.shape)
+        return bias if mask is None else bias + mask[:, None]
+
+    def attend_on_cpu(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        index: torch.Tensor,
+        mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """query, key, value: (num_windows, heads, tokens, head_dim) -> (num_windows, tokens, heads, head_dim).
+
+        Scores of the large windows of clips do not fit the caches: they are made for a few windows at a time.
+        """
+        num_windows, count = query.shape[0], windows_at_a_time(query)
+        # torch's fused CPU kernel has no gradient for a bias, and what steps in takes up to 2.7 times as long as ours;
+        # without gradients, on windows of 49, the kernel itself takes longer too, in half precision 1.4 times as long.
+        attend = cpu_attention
+        if query.shape[2] >= FUSED_TOKENS and not torch.is_grad_enabled():
+            attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        elif count >= num_windows:
+            return attend(self, query, key, value, self.attention_bias(index, mask).to(query.dtype), **kwargs)[0]
+        bias = self.attention_bias(index, None).to(query.dtype)
+        if mask is None and attend is not cpu_attention:
+            return attend(self, query, key, value, bias, **kwargs)[0]
+        outputs = []
+        for start in range(0, num_windows, count):
+            part = slice(start, min(start + count, num_windows))
+            both = bias
+            if mask is not None:
+                both = bias + mask[torch.arange(part.start, part.stop) % mask.shape[0]].to(bias.dtype)[:, None]
+            outputs.append(attend(self, query[part], key[part], value[part], both, **kwargs)[0])
+        return torch.cat(outputs)
 
     def forward(
-        self, windows: torch.Tensor, index: torch.Tensor, mask: torch.Tensor | None = None, **kwargs: object
+        self, windows: torch.Tensor, index: torch.Tensor, mask: torch.Tensor | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """windows: (num_windows, window_area, channels) -> same shape, and the weights where they are recorded."""
         num_windows, area, channels = windows.shape
@@ -255,25 +299,16 @@ class WindowAttention(nn.Module):
         query = self.q_proj(windows).view(heads_shape).transpose(1, 2)  # (num_windows, heads, area, head_dim)
         key = self.k_proj(windows).view(heads_shape).transpose(1, 2)
         value = self.v_proj(windows).view(heads_shape).transpose(1, 2)
-        bias = self.attention_bias(index, mask).to(query.dtype)
+        kwargs |= {"scaling": self.scaling, "dropout": self.config.attention_dropout if self.training else 0.0}
         implementation = self.config._attn_implementation
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
-        # torch's fused CPU kernel has no gradient for a bias, and what steps in takes up to 2.7 times as long as ours;
-        # without gradients, on windows of 49, the kernel itself takes longer too, in half precision 1.4 times as long.
         if implementation == "sdpa" and runs_at_once_on_cpu(query):
-            attend = cpu_attention
-        elif mask is not None:
-            bias = bias.repeat(num_windows // bias.shape[0], 1, 1, 1)  # (num_windows, heads, area, area)
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            bias,
-            scaling=self.scaling,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            **kwargs,
-        )
+            output, weights = self.attend_on_cpu(query, key, value, index, mask, **kwargs), None
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+            bias = self.attention_bias(index, mask).to(query.dtype)
+            if mask is not None:
+                bias = bias.repeat(num_windows // bias.shape[0], 1, 1, 1)  # (num_windows, heads, area, area)
+            output, weights = attend(self, query, key, value, bias, **kwargs)
         return self.out_proj(output.reshape(num_windows, area, channels)), weights
 
 

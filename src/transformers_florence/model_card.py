@@ -8,8 +8,16 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from .modeling_florence import FlorenceForImageClassification, FlorenceModel
+from .modeling_florence_captioning import FlorenceForImageCaptioning
 from .modeling_florence_detection import FlorenceForObjectDetection
+from .modeling_florence_fusion import FlorenceFusionModel
+from .modeling_florence_fusion_heads import (
+    FlorenceForImageTextRetrieval,
+    FlorenceForPreTraining,
+    FlorenceForQuestionAnswering,
+)
 from .modeling_florence_text import FlorenceTextModel
+from .modeling_florence_video import FlorenceForVideoClassification, FlorenceVideoModel
 from .modeling_florence_vision import FlorenceBackbone, FlorenceVisionModel
 
 # The task under which the Hub lists each class.
@@ -17,9 +25,16 @@ PIPELINE_TAGS: dict[type[PreTrainedModel], str] = {
     FlorenceModel: "zero-shot-image-classification",
     FlorenceForImageClassification: "image-classification",
     FlorenceForObjectDetection: "object-detection",
+    FlorenceForQuestionAnswering: "visual-question-answering",
+    FlorenceForImageCaptioning: "image-text-to-text",
+    FlorenceForVideoClassification: "video-classification",
     FlorenceVisionModel: "image-feature-extraction",
     FlorenceBackbone: "image-feature-extraction",
     FlorenceTextModel: "feature-extraction",
+    FlorenceVideoModel: "feature-extraction",
+    FlorenceFusionModel: "feature-extraction",
+    FlorenceForImageTextRetrieval: "feature-extraction",
+    FlorenceForPreTraining: "feature-extraction",
 }
 
 BODY = """

@@ -1,7 +1,7 @@
 # Copyright 2026 The transformers_florence authors. Licensed under the Apache License, Version 2.0.
 """CoSwin, Florence's image tower (section 2.3), and plain Swin; also as a backbone of four feature maps."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -17,15 +17,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_florence import FlorenceVisionConfig
 from .integrity import ManifestMixin
-from .layers import (
-    ConvEmbed,
-    DropPath,
-    FeedForward,
-    PatchEmbed,
-    PatchMerging,
-    WindowAttention,
-    pictures_at_a_time,
-)
+from .layers import ConvEmbed, DropPath, FeedForward, PatchEmbed, PatchMerging, WindowAttention, pictures_at_a_time
 from .window_ops import (
     fit_window,
     pad_grid,
@@ -88,8 +80,13 @@ class CoSwinLayer(GradientCheckpointingLayer):
         self.layer_scale1 = None if initial is None else nn.Parameter(torch.full((dim,), float(initial)))
         self.layer_scale2 = None if initial is None else nn.Parameter(torch.full((dim,), float(initial)))
 
+    def pad(self, hidden_states: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
+        """hidden_states: (batch, *smaller grid, channels) -> (batch, *grid, channels), filled up to whole windows."""
+        return pad_grid(hidden_states, grid)
+
     def attend(
         self,
+        attention: WindowAttention,
         hidden_states: torch.Tensor,
         window: tuple[int, ...],
         shift: tuple[int, ...],
@@ -101,11 +98,11 @@ class CoSwinLayer(GradientCheckpointingLayer):
         axes = tuple(range(1, len(grid) + 1))
         # Pad, then roll, as Microsoft does: rolling first differs when the grid does not divide.
         whole = padded_grid(grid, window)
-        hidden_states = pad_grid(hidden_states, whole)
+        hidden_states = self.pad(hidden_states, whole)
         if any(shift):
             hidden_states = torch.roll(hidden_states, [-amount for amount in shift], axes)
         windows = window_partition(hidden_states, window)  # (batch * num_windows, window_area, channels)
-        windows, _ = self.attention(windows, index, mask)
+        windows, _ = attention(windows, index, mask)
         hidden_states = window_reverse(windows, window, whole)  # (batch, *whole, channels)
         if any(shift):
             hidden_states = torch.roll(hidden_states, list(shift), axes)
@@ -123,7 +120,7 @@ class CoSwinLayer(GradientCheckpointingLayer):
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`forward`, on all pictures at once."""
-        branch = self.attend(self.norm1(hidden_states), window, shift, index, mask)
+        branch = self.attend(self.attention, self.norm1(hidden_states), window, shift, index, mask)
         if self.layer_scale1 is not None:
             branch = branch * self.layer_scale1
         hidden_states = hidden_states + self.drop_path(branch)
@@ -155,39 +152,54 @@ class CoSwinLayer(GradientCheckpointingLayer):
 
 
 class CoSwinStage(nn.Module):
-    """A token embedding (the first stage has none: it is the tower's stem), then layers, every second one shifted."""
+    """A token embedding (the first stage has none: it is the tower's stem), then layers, every second one shifted.
+
+    A tower of another rank says by itself what its windows, embeddings and layers are.
+    """
 
     def __init__(self, config: FlorenceVisionConfig, *, index: int, drop_path_rates: list[float]) -> None:
         super().__init__()
-        dim = config.embed_dims[index]
         self.window_padding = config.window_padding
-        self.window_size = (config.window_sizes[index],) * 2
-        self.embed: nn.Module | None = None
-        if index > 0 and config.embed_type == "conv":
-            self.embed = ConvEmbed(config, in_dim=dim // 2, dim=dim, first=False)
-        elif index > 0:
-            self.embed = PatchMerging(config, dim=dim // 2)
+        self.window_size = self.window_of(config, index)
+        self.embed = self.make_embed(config, index) if index > 0 else None
         self.layers = nn.ModuleList(
-            CoSwinLayer(
-                config,
-                dim=dim,
-                num_heads=config.num_heads[index],
-                window_size=self.window_size,
-                shifted=depth % 2 == 1,
-                drop_path=rate,
-            )
+            self.make_layer(config, index, shifted=depth % 2 == 1, drop_path=rate)
             for depth, rate in enumerate(drop_path_rates)
         )
 
+    def window_of(self, config: FlorenceVisionConfig, index: int) -> tuple[int, ...]:
+        """The window of the stage `index`."""
+        return (config.window_sizes[index],) * 2
+
+    def make_embed(self, config: FlorenceVisionConfig, index: int) -> nn.Module:
+        """The embedding that opens the stage `index`, which is not the first."""
+        dim = config.embed_dims[index]
+        if config.embed_type == "conv":
+            return ConvEmbed(config, in_dim=dim // 2, dim=dim, first=False)
+        return PatchMerging(config, dim=dim // 2)
+
+    def make_layer(self, config: FlorenceVisionConfig, index: int, **fields: Any) -> CoSwinLayer:
+        """A layer of the stage `index`; fields: `shifted` and `drop_path`."""
+        dim, heads = config.embed_dims[index], config.num_heads[index]
+        return CoSwinLayer(config, dim=dim, num_heads=heads, window_size=self.window_size, **fields)
+
+    def fit(self, grid: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Window and shift of this stage on a grid."""
+        half = tuple(side // 2 for side in self.window_size)
+        return fit_window(grid, self.window_size, half, self.window_padding)
+
+    def bias_index(self, window: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        """Rows of the layers' tables for a window that may be smaller than theirs, (window_area, window_area)."""
+        return relative_position_index(window, self.window_size, device)
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(batch, height, width, channels) -> (batch, height, width, channels) of this stage."""
+        """(batch, *grid, channels) of the stage before -> (batch, *grid, channels) of this stage."""
         if self.embed is not None:
             hidden_states = self.embed(hidden_states)
         grid = tuple(hidden_states.shape[1:-1])
-        half = tuple(side // 2 for side in self.window_size)
-        window, shift = fit_window(grid, self.window_size, half, self.window_padding)
+        window, shift = self.fit(grid)
         device, dtype = hidden_states.device, hidden_states.dtype
-        index = relative_position_index(window, self.window_size, device)
+        index = self.bias_index(window, device)
         mask = shift_mask(padded_grid(grid, window), window, shift, dtype, device) if len(self.layers) > 1 else None
         still = (0,) * len(grid)
         for layer in self.layers:
@@ -201,18 +213,20 @@ class CoSwinStage(nn.Module):
 class CoSwinEncoder(nn.Module):
     """The stages, with stochastic depth that grows linearly over all layers."""
 
+    stage_class = CoSwinStage
+
     def __init__(self, config: FlorenceVisionConfig) -> None:
         super().__init__()
         total = sum(config.depths)
         rates = [config.drop_path_rate * layer / max(total - 1, 1) for layer in range(total)]
         starts = [sum(config.depths[:index]) for index in range(len(config.depths))]
         self.stages = nn.ModuleList(
-            CoSwinStage(config, index=index, drop_path_rates=rates[start : start + config.depths[index]])
+            self.stage_class(config, index=index, drop_path_rates=rates[start : start + config.depths[index]])
             for index, start in enumerate(starts)
         )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(batch, height, width, channels) of the stem -> (batch, height, width, channels) of the last stage."""
+        """(batch, *grid, channels) of the stem -> (batch, *grid, channels) of the last stage."""
         for stage in self.stages:
             hidden_states = stage(hidden_states)
         return hidden_states
@@ -243,7 +257,7 @@ class FlorenceVisionPreTrainedModel(ManifestMixin, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, nn.Linear | nn.Conv2d) and getattr(module, "weight", None) is not None:
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d) and getattr(module, "weight", None) is not None:
             init.trunc_normal_(module.weight, std=std)
         elif isinstance(module, WindowAttention):
             init.trunc_normal_(module.relative_position_bias_table, std=std)
@@ -369,4 +383,12 @@ class FlorenceBackbone(BackboneMixin, FlorenceVisionPreTrainedModel):
         )
 
 
-__all__ = ["FlorenceBackbone", "FlorenceVisionModel", "FlorenceVisionPreTrainedModel", "check_pixel_values"]
+__all__ = [
+    "CoSwinEncoder",
+    "CoSwinLayer",
+    "CoSwinStage",
+    "FlorenceBackbone",
+    "FlorenceVisionModel",
+    "FlorenceVisionPreTrainedModel",
+    "check_pixel_values",
+]

@@ -7,28 +7,49 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
+    AutoModelForImageTextToText,
     AutoModelForObjectDetection,
+    AutoModelForPreTraining,
+    AutoModelForVideoClassification,
+    AutoModelForVisualQuestionAnswering,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
     AutoTokenizer,
+    AutoVideoProcessor,
 )
 
 from .configuration_florence import FlorenceConfig, FlorenceTextConfig, FlorenceVisionConfig
 from .configuration_florence_detection import FlorenceDetectionConfig
+from .configuration_florence_fusion import FlorenceCaptioningConfig, FlorenceFusionConfig
+from .configuration_florence_video import FlorenceVideoConfig
 from .image_processing_florence import FlorenceImageProcessor
 from .image_processing_florence_detection import FlorenceDetectionImageProcessor
 from .image_processing_pil_florence import FlorenceImageProcessorPil
 from .modeling_florence import FlorenceForImageClassification, FlorenceModel
+from .modeling_florence_captioning import FlorenceForImageCaptioning
 from .modeling_florence_detection import FlorenceForObjectDetection
+from .modeling_florence_fusion import FlorenceFusionModel
+from .modeling_florence_fusion_heads import FlorenceForPreTraining, FlorenceForQuestionAnswering
 from .modeling_florence_text import FlorenceTextModel
+from .modeling_florence_video import FlorenceForVideoClassification, FlorenceVideoModel
 from .modeling_florence_vision import FlorenceBackbone, FlorenceVisionModel
+from .pipelines import register_pipelines
 from .processing_florence import FlorenceProcessor
 from .tokenization_florence import FlorenceTokenizer
+from .video_processing_florence import FlorenceVideoProcessor
 
 
 def register() -> None:
     """Tell the Auto classes which of ours belong to which configuration; a second call changes nothing."""
-    for config in (FlorenceConfig, FlorenceVisionConfig, FlorenceTextConfig, FlorenceDetectionConfig):
+    for config in (
+        FlorenceConfig,
+        FlorenceVisionConfig,
+        FlorenceTextConfig,
+        FlorenceVideoConfig,
+        FlorenceDetectionConfig,
+        FlorenceFusionConfig,
+        FlorenceCaptioningConfig,
+    ):
         AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(FlorenceConfig, FlorenceModel, exist_ok=True)
     AutoModel.register(FlorenceVisionConfig, FlorenceVisionModel, exist_ok=True)
@@ -39,7 +60,20 @@ def register() -> None:
     # config.
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.register(FlorenceConfig, FlorenceForImageClassification, exist_ok=True)
     AutoBackbone.register(FlorenceVisionConfig, FlorenceBackbone, exist_ok=True)
-    for config in (FlorenceConfig, FlorenceVisionConfig):
+    AutoModel.register(FlorenceVideoConfig, FlorenceVideoModel, exist_ok=True)
+    AutoModelForVideoClassification.register(FlorenceVideoConfig, FlorenceForVideoClassification, exist_ok=True)
+    AutoModel.register(FlorenceFusionConfig, FlorenceFusionModel, exist_ok=True)
+    AutoModelForVisualQuestionAnswering.register(FlorenceFusionConfig, FlorenceForQuestionAnswering, exist_ok=True)
+    AutoModelForPreTraining.register(FlorenceFusionConfig, FlorenceForPreTraining, exist_ok=True)
+    AutoModelForImageTextToText.register(FlorenceCaptioningConfig, FlorenceForImageCaptioning, exist_ok=True)
+    with_pictures = (
+        FlorenceConfig,
+        FlorenceVisionConfig,
+        FlorenceVideoConfig,
+        FlorenceFusionConfig,
+        FlorenceCaptioningConfig,
+    )
+    for config in with_pictures:
         AutoImageProcessor.register(
             config,
             image_processor_classes={"torchvision": FlorenceImageProcessor, "pil": FlorenceImageProcessorPil},
@@ -51,10 +85,13 @@ def register() -> None:
         image_processor_classes={"torchvision": FlorenceDetectionImageProcessor},
         exist_ok=True,
     )
-    AutoProcessor.register(FlorenceConfig, FlorenceProcessor, exist_ok=True)
+    AutoVideoProcessor.register(FlorenceVideoConfig, FlorenceVideoProcessor, exist_ok=True)
+    for config in (FlorenceConfig, FlorenceFusionConfig, FlorenceCaptioningConfig):
+        AutoProcessor.register(config, FlorenceProcessor, exist_ok=True)
     # Not for FlorenceConfig: pipelines that need no text would then make up a tokenizer for folders without one. A
     # folder that has one names its class in tokenizer_config.json.
     AutoTokenizer.register(FlorenceTextConfig, tokenizer_class=FlorenceTokenizer, exist_ok=True)
+    register_pipelines()
 
 
 __all__ = ["register"]
