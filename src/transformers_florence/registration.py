@@ -1,5 +1,7 @@
 """Registration with transformers' Auto classes, so that a folder's `config.json` alone says which class it needs."""
 
+import importlib
+
 from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     AutoBackbone,
@@ -17,17 +19,16 @@ from transformers import (
     AutoTokenizer,
     AutoVideoProcessor,
 )
+from transformers.utils import is_torchvision_available
 
 from .configuration_florence import FlorenceConfig, FlorenceTextConfig, FlorenceVisionConfig
 from .configuration_florence_detection import FlorenceDetectionConfig
 from .configuration_florence_fusion import FlorenceCaptioningConfig, FlorenceFusionConfig
 from .configuration_florence_video import FlorenceVideoConfig
 from .image_processing_florence import FlorenceImageProcessor
-from .image_processing_florence_detection import FlorenceDetectionImageProcessor
 from .image_processing_pil_florence import FlorenceImageProcessorPil
 from .modeling_florence import FlorenceForImageClassification, FlorenceModel
 from .modeling_florence_captioning import FlorenceForImageCaptioning
-from .modeling_florence_detection import FlorenceForObjectDetection
 from .modeling_florence_fusion import FlorenceFusionModel
 from .modeling_florence_fusion_heads import FlorenceForPreTraining, FlorenceForQuestionAnswering
 from .modeling_florence_text import FlorenceTextModel
@@ -37,6 +38,17 @@ from .pipelines import register_pipelines
 from .processing_florence import FlorenceProcessor
 from .tokenization_florence import FlorenceTokenizer
 from .video_processing_florence import FlorenceVideoProcessor
+
+
+def _register_detector() -> None:
+    model = importlib.import_module(f"{__package__}.modeling_florence_detection").FlorenceForObjectDetection
+    processors = importlib.import_module(f"{__package__}.image_processing_florence_detection")
+    AutoModelForObjectDetection.register(FlorenceDetectionConfig, model, exist_ok=True)
+    AutoImageProcessor.register(
+        FlorenceDetectionConfig,
+        image_processor_classes={"torchvision": processors.FlorenceDetectionImageProcessor},
+        exist_ok=True,
+    )
 
 
 def register() -> None:
@@ -79,13 +91,9 @@ def register() -> None:
             image_processor_classes={"torchvision": FlorenceImageProcessor, "pil": FlorenceImageProcessorPil},
             exist_ok=True,
         )
-    AutoModelForObjectDetection.register(FlorenceDetectionConfig, FlorenceForObjectDetection, exist_ok=True)
-    AutoImageProcessor.register(
-        FlorenceDetectionConfig,
-        image_processor_classes={"torchvision": FlorenceDetectionImageProcessor},
-        exist_ok=True,
-    )
-    AutoVideoProcessor.register(FlorenceVideoConfig, FlorenceVideoProcessor, exist_ok=True)
+    if is_torchvision_available():  # else all but what computes with it
+        AutoVideoProcessor.register(FlorenceVideoConfig, FlorenceVideoProcessor, exist_ok=True)
+        _register_detector()
     for config in (FlorenceConfig, FlorenceFusionConfig, FlorenceCaptioningConfig):
         AutoProcessor.register(config, FlorenceProcessor, exist_ok=True)
     # Not for FlorenceConfig: pipelines that need no text would then make up a tokenizer for folders without one. A
