@@ -40,7 +40,7 @@ from .key_tables import (
     image_processor,
     new_folder,
     next_stage,
-    thirds,
+    torchvision_layers,
     vision_fields,
 )
 from .reading import Tensors, config_beside, read_weights
@@ -84,15 +84,7 @@ TABLES: dict[str, KeyTable] = {
         *BUFFERS,
         Row(r"features\.0\.0\.", "embeddings.projection."),
         Row(r"features\.0\.2\.", "embeddings.norm."),
-        Row(LIST_BLOCK + r"attn\.qkv\.", _stage(r"layers.\2.attention.[qkv]_proj."), thirds),
-        Row(LIST_BLOCK + r"attn\.proj\.", _stage(r"layers.\2.attention.out_proj.")),
-        Row(
-            LIST_BLOCK + r"attn\.relative_position_bias_table$",
-            _stage(r"layers.\2.attention.relative_position_bias_table"),
-        ),
-        Row(LIST_BLOCK + r"mlp\.0\.", _stage(r"layers.\2.mlp.fc1.")),
-        Row(LIST_BLOCK + r"mlp\.3\.", _stage(r"layers.\2.mlp.fc2.")),
-        Row(LIST_BLOCK + r"(norm[12])\.", _stage(r"layers.\2.\3.")),
+        *torchvision_layers(LIST_BLOCK, _stage),
         Row(r"features\.(\d*[02468])\.(norm|reduction)\.", _stage(r"embed.\2.")),
         Row(r"norm\.", "norm."),
         LeftOut(r"head\.", CLASSIFIER),

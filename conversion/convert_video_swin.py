@@ -37,7 +37,7 @@ from .key_tables import (
     find_layout,
     new_folder,
     prefixed,
-    thirds,
+    torchvision_layers,
 )
 from .reading import Tensors, read_weights
 
@@ -52,15 +52,7 @@ TORCHVISION: KeyTable = [
     *BUFFERS,
     Row(r"patch_embed\.proj\.", "embeddings.projection."),
     Row(r"patch_embed\.norm\.", "embeddings.norm."),
-    Row(LIST_BLOCK + r"attn\.qkv\.", _stage(r"layers.\2.attention.[qkv]_proj."), thirds),
-    Row(LIST_BLOCK + r"attn\.proj\.", _stage(r"layers.\2.attention.out_proj.")),
-    Row(
-        LIST_BLOCK + r"attn\.relative_position_bias_table$",
-        _stage(r"layers.\2.attention.relative_position_bias_table"),
-    ),
-    Row(LIST_BLOCK + r"mlp\.0\.", _stage(r"layers.\2.mlp.fc1.")),
-    Row(LIST_BLOCK + r"mlp\.3\.", _stage(r"layers.\2.mlp.fc2.")),
-    Row(LIST_BLOCK + r"(norm[12])\.", _stage(r"layers.\2.\3.")),
+    *torchvision_layers(LIST_BLOCK, _stage),
     Row(r"features\.(\d*[13579])\.(norm|reduction)\.", _stage(r"embed.\2.", following=1)),
     Row(r"norm\.", "norm."),
 ]

@@ -68,6 +68,26 @@ class LeftOut(NamedTuple):
 KeyTable = list[Row | LeftOut]
 
 
+def torchvision_layers(place: str, stage: Callable[[str], Callable[[re.Match], str]]) -> KeyTable:
+    """The layers of torchvision's Swin, of pictures and of clips.
+
+    Args:
+        place: regular expression of a layer's place, with two groups: its entry in the list, its number in the stage.
+        stage: from the rest of our name to the target of a row, which finds the stage by the first group.
+    """
+    return [
+        Row(place + r"attn\.qkv\.", stage(r"layers.\2.attention.[qkv]_proj."), thirds),
+        Row(place + r"attn\.proj\.", stage(r"layers.\2.attention.out_proj.")),
+        Row(
+            place + r"attn\.relative_position_bias_table$",
+            stage(r"layers.\2.attention.relative_position_bias_table"),
+        ),
+        Row(place + r"mlp\.0\.", stage(r"layers.\2.mlp.fc1.")),
+        Row(place + r"mlp\.3\.", stage(r"layers.\2.mlp.fc2.")),
+        Row(place + r"(norm[12])\.", stage(r"layers.\2.\3.")),
+    ]
+
+
 def prefixed(table: KeyTable, source: str, target: str) -> KeyTable:
     """The same table for keys with something before them; `source` is a regular expression without groups."""
 

@@ -24,15 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
+from transformers import get_cosine_schedule_with_warmup
 
 from transformers_florence import (
     FlorenceDetectionConfig,
@@ -52,14 +50,14 @@ from transformers_florence.data.detection_transforms import (
     training_transforms,
 )
 from transformers_florence.evaluation.detection import DetectionScores, detect, evaluate_detector
-from transformers_florence.training.checkpointing import resume_training, save_checkpoint
+from transformers_florence.training.arguments import parse_arguments
+from transformers_florence.training.checkpointing import SHARDED, resume_training, save_checkpoint
 from transformers_florence.training.lora import LORA_TARGETS
 from transformers_florence.training.optimization import parameter_groups
 from transformers_florence.training.sharding import make_accelerator
 from transformers_florence.training.stability import GuardedUpdate, StopRequest
 from transformers_florence.training.tracking import LocalTracker, make_trackers
 
-SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
 # These may differ when a run goes on; a checkpoint belongs to all others.
 FREE = ("output", "workers", "log_every", "keep", "non_finite", "report_to", "draw", "shown", "threshold")
 
@@ -131,24 +129,6 @@ class DetectionArguments:
             raise ValueError(f"expected freeze_backbone or lora_rank, got both, the rank {self.lora_rank}")
         if self.seed >= 1 << 31:
             raise ValueError(f"seed: expected less than 2 to the power of 31, got {self.seed}")
-
-
-def parse_arguments(argv: list[str]) -> DetectionArguments:
-    """Defaults, then the YAML file of `--config`, then the other options."""
-    parser = HfArgumentParser(DetectionArguments)
-    parser.add_argument("--config", help="a YAML file with any of the options")
-    config = parser.parse_known_args(argv)[0].config
-    if config is not None:
-        values = yaml.safe_load(Path(config).read_text("utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"{config}: expected keys and values, got {values!r}")
-        unknown = sorted(map(str, set(values) - set(DetectionArguments.__dataclass_fields__)))
-        if unknown:
-            raise ValueError(f"{config}: unknown keys {', '.join(unknown)}")
-        parser.set_defaults(**values)
-    options = vars(parser.parse_args(argv))
-    options.pop("config")
-    return DetectionArguments(**options)
 
 
 def read_sets(arguments: DetectionArguments) -> tuple[DetectionSet, DetectionSet]:
@@ -329,7 +309,7 @@ def check_not_sharded(accelerator: Accelerator) -> None:
 
 def main(argv: list[str] | None = None) -> DetectionScores | None:
     """Train; returns the scores of the last evaluation in this process."""
-    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    arguments = parse_arguments(DetectionArguments, sys.argv[1:] if argv is None else argv)
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
     autocast = arguments.precision == "bfloat16" or (arguments.precision == "auto" and torch.cuda.is_available())

@@ -28,9 +28,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
+from transformers import get_cosine_schedule_with_warmup
 
 from transformers_florence import (
     FlorenceConfig,
@@ -45,6 +44,7 @@ from transformers_florence.data.augmentation import BatchAugmentation
 from transformers_florence.data.picture_corpus import PictureCorpus, load_split
 from transformers_florence.data.prompts import DRAWING_TEMPLATES
 from transformers_florence.evaluation.zero_shot import build_zero_shot_classifier, embed_pixels, top_k_accuracy
+from transformers_florence.training.arguments import parse_arguments
 from transformers_florence.training.checkpointing import resume_training, save_checkpoint
 from transformers_florence.training.objectives import OBJECTIVES, ContrastiveObjective, lock_image_tower
 from transformers_florence.training.optimization import parameter_groups
@@ -144,24 +144,6 @@ class PretrainArguments:
         if self.category_batches + self.keyword_batches > 1:
             got = self.category_batches + self.keyword_batches
             raise ValueError(f"category_batches and keyword_batches: expected at most 1 together, got {got}")
-
-
-def parse_arguments(argv: list[str]) -> PretrainArguments:
-    """Defaults, then the YAML file of `--config`, then the other options."""
-    parser = HfArgumentParser(PretrainArguments)
-    parser.add_argument("--config", help="a YAML file with any of the options")
-    config = parser.parse_known_args(argv)[0].config
-    if config is not None:
-        values = yaml.safe_load(Path(config).read_text("utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"{config}: expected keys and values, got {values!r}")
-        unknown = sorted(map(str, set(values) - set(PretrainArguments.__dataclass_fields__)))
-        if unknown:
-            raise ValueError(f"{config}: unknown keys {', '.join(unknown)}")
-        parser.set_defaults(**values)
-    options = vars(parser.parse_args(argv))
-    options.pop("config")
-    return PretrainArguments(**options)
 
 
 def training_texts(corpus: PictureCorpus) -> list[str]:
@@ -349,7 +331,7 @@ def held_out_style(arguments: PretrainArguments, names: list[str]) -> PictureCor
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    arguments = parse_arguments(PretrainArguments, sys.argv[1:] if argv is None else argv)
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
     accelerator = make_accelerator(

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -34,8 +35,10 @@ from transformers_florence.data.picture_corpus import PictureCorpus, load_split
 from transformers_florence.data.prompts import DRAWING_TEMPLATES
 from transformers_florence.evaluation.zero_shot import build_zero_shot_classifier, embed_pixels
 from transformers_florence.loading import BUNDLED
+from transformers_florence.training import arguments as recipe_arguments
 from transformers_florence.training import tracking
 
+parse_arguments = partial(recipe_arguments.parse_arguments, pretrain_unicl.PretrainArguments)
 STEPS, BATCH = 6, 16  # 64 pictures: an epoch ends within the run
 CARD = Path(__file__).parents[1] / "MODEL_CARD.md"
 SEEN = {f"{color} {shape}" for color in COLORS for shape in SHAPES} - {
@@ -148,7 +151,7 @@ def batches(corpus):
             return {**batch, **inputs, **labels}
 
     def make(*rank: int, **changes) -> Flat:
-        arguments = pretrain_unicl.parse_arguments(options(corpus, Path("unused"), **changes))
+        arguments = parse_arguments(options(corpus, Path("unused"), **changes))
         text = sizes.FlorenceTextConfig.from_size("test", max_position_embeddings=arguments.context_length)
         config = sizes.FlorenceConfig.from_size("test", text_config=text)
         processor = pretrain_unicl.build_processor(arguments, rows, config)
@@ -685,14 +688,14 @@ def test_fewer_pictures_than_a_batch_are_refused(corpus, tmp_path):
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("steps: 7\nlearning_rate: 1e-3\nobjective: clip\nmax_grad_norm: 2\n")  # YAML reads 1e-3 as text
-    arguments = pretrain_unicl.parse_arguments(["--config", str(config), "--steps", "9"])
+    arguments = parse_arguments(["--config", str(config), "--steps", "9"])
     assert (arguments.steps, arguments.learning_rate, arguments.objective) == (9, 1e-3, "clip")
     assert arguments.batch_size == pretrain_unicl.PretrainArguments.batch_size
 
 
 def test_the_shipped_recipe_is_complete():
     file = Path(pretrain_unicl.__file__).parent / "configs" / "florence_nano.yaml"
-    arguments = pretrain_unicl.parse_arguments(["--config", str(file)])
+    arguments = parse_arguments(["--config", str(file)])
     assert (arguments.size, arguments.objective) == ("nano", "unicl")
 
 
@@ -723,7 +726,7 @@ def test_a_file_with_wrong_values_is_refused_by_name(tmp_path, text, message):
     config = tmp_path / "config.yaml"
     config.write_text(text)
     with pytest.raises(ValueError, match=message):
-        pretrain_unicl.parse_arguments(["--config", str(config)])
+        parse_arguments(["--config", str(config)])
 
 
 def test_what_is_not_there_is_refused_by_name(tmp_path, corpus):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,10 @@ import finetune_detection
 from tests.tiny_florence import save_tiny
 from transformers_florence import FlorenceDetectionImageProcessor, FlorenceForObjectDetection
 from transformers_florence.evaluation.detection import evaluate_detector
+from transformers_florence.training import arguments as recipe_arguments
 from transformers_florence.training.tracking import read_log
+
+parse_arguments = partial(recipe_arguments.parse_arguments, finetune_detection.DetectionArguments)
 
 WIDTH, HEIGHT = 48, 32
 COLORS = {"green": (0, 200, 0), "red": (220, 0, 0)}
@@ -96,7 +100,7 @@ def run(options, tmp_path_factory):
 
 
 def batches_of(argv: list[str], **ranks) -> finetune_detection.Batches:
-    arguments = finetune_detection.parse_arguments(argv)
+    arguments = parse_arguments(argv)
     train, _ = finetune_detection.read_sets(arguments)
     size = {"shortest_edge": arguments.shortest_edge, "longest_edge": arguments.longest_edge}
     return finetune_detection.Batches(arguments, train.pictures, FlorenceDetectionImageProcessor(size=size), **ranks)
@@ -127,7 +131,7 @@ def test_the_best_model_scores_what_its_file_says(run, options):
     model = FlorenceForObjectDetection.from_pretrained(best)
     processor = FlorenceDetectionImageProcessor.from_pretrained(best)
     assert model.config.id2label == {0: "green", 1: "red"}
-    _, held_out = finetune_detection.read_sets(finetune_detection.parse_arguments(options(output)))
+    _, held_out = finetune_detection.read_sets(parse_arguments(options(output)))
     again = evaluate_detector(model, processor, held_out.pictures, held_out.names, batch_size=BATCH)
     assert again.map == pytest.approx(content["map"], abs=1e-6)
 
@@ -265,8 +269,8 @@ def test_arguments_that_are_refused(changes: dict, message: str, options, tmp_pa
 
 def test_the_file_that_comes_along_is_read(options, tmp_path):
     file = Path(finetune_detection.__file__).parent / "configs" / "finetune_detection.yaml"
-    arguments = finetune_detection.parse_arguments(["--config", str(file), "--epochs", "3"])
+    arguments = parse_arguments(["--config", str(file), "--epochs", "3"])
     assert (arguments.epochs, arguments.num_blocks, arguments.data) == (3, 2, "pictures")
     (tmp_path / "a.yaml").write_text("epoch: 3\n")
     with pytest.raises(ValueError, match="unknown keys epoch"):
-        finetune_detection.parse_arguments(["--config", str(tmp_path / "a.yaml")])
+        parse_arguments(["--config", str(tmp_path / "a.yaml")])

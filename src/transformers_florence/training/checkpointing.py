@@ -386,6 +386,7 @@ def resume_training(
 
 
 __all__ = [
+    "SHARDED",
     "CheckpointError",
     "Progress",
     "check_checkpoint",
