@@ -20,6 +20,7 @@ from tests.tiny_florence import save_tiny
 from transformers_florence import FlorenceDetectionImageProcessor, FlorenceForObjectDetection
 from transformers_florence.evaluation.detection import evaluate_detector
 from transformers_florence.training import arguments as recipe_arguments
+from transformers_florence.training import recipe
 from transformers_florence.training.tracking import read_log
 
 parse_arguments = partial(recipe_arguments.parse_arguments, finetune_detection.DetectionArguments)
@@ -114,11 +115,13 @@ def test_what_a_run_leaves(run):
     parts = ("loss_cls", "loss_box_reg", "loss_ctr")
     for row in rows:
         assert math.isclose(float(row["loss"]), sum(float(row[part]) for part in parts), abs_tol=2e-4)
-    assert float(rows[-1]["map"]) == scores.map
+    assert float(rows[-1]["map"]) == scores["map"]
     for name in ("curves.png", "predictions.png"):
         with Image.open(output / name) as picture:
             picture.verify()
-    assert (output / "classes.txt").read_text() == scores.table() + "\n"
+    table = (output / "classes.txt").read_text().splitlines()
+    assert [line.split()[0] for line in table] == ["class", "green", "red", "all"]
+    assert table[-1].split()[2] == f"{100 * scores['map']:.1f}"
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-6"]
     assert not list(output.glob("*.partial"))
 
@@ -152,16 +155,16 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(run, options, tmp_p
     scores = finetune_detection.main(options(tmp_path))
     weights, others = (load_file(folder / "checkpoint-6" / "model.safetensors") for folder in (run[0], tmp_path))
     assert weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
-    assert scores.numbers() == run[1].numbers()
-    speed = "pictures_per_second"
+    assert scores == run[1]
+    speed = "samples_per_second"
     logs = ([{**row, speed: ""} for row in read_log(folder / "log.csv")] for folder in (run[0], tmp_path))
     assert next(logs) == next(logs)
 
 
 def test_a_run_that_is_asked_to_stop_saves_the_step_and_goes_on_from_there(run, options, tmp_path, monkeypatch):
     asked = iter([False, True])
-    monkeypatch.setattr(finetune_detection.StopRequest, "requested", lambda self, accelerator: next(asked))
-    assert finetune_detection.main(options(tmp_path)) is None  # in the middle of the first epoch
+    monkeypatch.setattr(recipe.StopRequest, "requested", lambda self, accelerator: next(asked))
+    assert finetune_detection.main(options(tmp_path)) == {}  # in the middle of the first epoch
     monkeypatch.undo()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     finetune_detection.main(options(tmp_path))
@@ -183,7 +186,7 @@ def test_a_detector_learns_pictures_by_heart(options, tmp_path):
     )
     rows = read_log(tmp_path / "log.csv")
     assert float(rows[-1]["loss"]) < 0.6 * float(rows[0]["loss"])
-    assert scores.map_50 > 0.3
+    assert scores["map_50"] > 0.3
 
 
 def tower_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -216,7 +219,7 @@ def test_what_moves_in_the_tower(changes: dict, moved: tuple[str, ...], options,
 
 
 def test_drawing_trains_nothing(options, tmp_path):
-    assert finetune_detection.main(options(tmp_path, draw=5, augmentation="jitter", crop=0.5)) is None
+    assert finetune_detection.main(options(tmp_path, draw=5, augmentation="jitter", crop=0.5)) == {}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["draw"]
     drawn = sorted((tmp_path / "draw").iterdir())
     assert [path.name for path in drawn] == [f"{number:04d}.png" for number in range(5)]
@@ -228,13 +231,11 @@ def test_drawing_trains_nothing(options, tmp_path):
 def test_an_epoch_takes_each_picture_once_and_ranks_share_a_batch(options, tmp_path):
     argv = options(tmp_path)
     whole = batches_of(argv)
-    epochs = [[name for step in range(3 * epoch, 3 * epoch + 3) for name in whole[step]["files"]] for epoch in (0, 1)]
+    epochs = [[name for step in range(3 * epoch, 3 * epoch + 3) for name in whole[step]["names"]] for epoch in (0, 1)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == [f"{number}.png" for number in range(TRAINED)]
     assert epochs[0] != epochs[1]
     parts = [batches_of(argv, rank=rank, ranks=2).samples(4) for rank in (0, 1)]
-    samples, files = whole.samples(4)
-    assert [name for _, names in parts for name in names] == files
-    for one, other in zip(samples, [sample for part, _ in parts for sample in part], strict=True):
+    for one, other in zip(whole.samples(4), [sample for part in parts for sample in part], strict=True):
         assert torch.equal(one["image"], other["image"]) and torch.equal(one["boxes"], other["boxes"])
 
 
@@ -258,7 +259,7 @@ def test_pictures_without_objects_are_no_evaluation(options, pictures, tmp_path)
         ({"learning_rate": "nan"}, "learning_rate: expected a finite number >= 0, got nan"),
         ({"size": "nano"}, "expected size or init_from, got both"),
         ({"freeze_backbone": True, "lora_rank": 4}, "expected freeze_backbone or lora_rank, got both"),
-        ({"batch_size": 7}, "expected at least batch_size=7 pictures, got 6"),
+        ({"batch_size": 7}, "expected at least batch_size=7 samples, got 6"),
         ({"train_split": "test"}, "expected rows of the split test"),
     ],
 )
