@@ -54,6 +54,7 @@ from picture_sources import (
     rename_series,
     stamp_jobs,
 )
+from transformers_florence.data.prompts import normalize_text
 
 # Raise it when the same package would give other pictures or texts, by a change here or in the files that this one
 # imports: finished shards are then redone.
@@ -173,17 +174,13 @@ def build_rows(sources: Iterable[str], permissive: bool, cache: Path, size: int,
 # The corpus
 
 
-def normalize_title(title: str) -> str:
-    return " ".join(title.lower().split())
-
-
 def split_of(row: dict) -> str:
     if row["concept"] >= 0 and row["concept"] % 7 == 3:
         return "test_concept"
     if row["style"] in ("noto", "noto-v1"):
         return "test_style"
     if row["source"] == "clipart":
-        title = normalize_title(row["name"]).encode()
+        title = normalize_text(row["name"]).encode()
         return "test_clipart" if int(hashlib.sha256(title).hexdigest(), 16) % 8 == 0 else "train"
     return "train"
 
@@ -207,8 +204,8 @@ def assign_splits(rows: list[dict]) -> dict[str, list[dict]]:
     counts = {name: len(members) for name, members in splits.items()}
     splits["test_clipart"] = keep_first(splits["test_clipart"])
     test = {row["pixels"] for name in SPLITS[1:] for row in splits[name]}
-    unseen = {normalize_title(row["name"]) for row in splits["test_concept"]}
-    unnamed = [row for row in splits["train"] if normalize_title(row["name"]) not in unseen]
+    unseen = {normalize_text(row["name"]) for row in splits["test_concept"]}
+    unnamed = [row for row in splits["train"] if normalize_text(row["name"]) not in unseen]
     distinct = keep_first(unnamed)
     splits["train"] = keep_first(distinct, test)
     say(f"test_clipart: {counts['test_clipart'] - len(splits['test_clipart'])} pictures that come twice are left out")

@@ -20,7 +20,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from transformers_florence import FlorenceModel, FlorenceProcessor, bundled_checkpoint, load_checkpoint
-from transformers_florence.data.picture_corpus import load_split, normalize_text, words_of_path
+from transformers_florence.data.picture_corpus import load_split, words_of_path
+from transformers_florence.data.prompts import normalize_text
 from transformers_florence.evaluation.retrieval import precision_at_k, recall_at_k
 from transformers_florence.evaluation.zero_shot import (
     build_zero_shot_classifier,

@@ -14,7 +14,6 @@ from transformers_florence.data.picture_corpus import (
     SPLITS,
     PictureCorpus,
     load_split,
-    normalize_text,
     number_texts,
     words_of_path,
 )
@@ -167,7 +166,6 @@ def test_labels_of_the_corpus_join_the_styles_of_a_concept(train_rows):
 
 def test_texts_are_numbered_in_order_of_appearance():
     assert number_texts(["b", "a", "B", "c", " a"]) == [0, 1, 0, 2, 1]
-    assert normalize_text("  A\tb\n C ") == "a b c"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,13 @@
 
 import pytest
 
-from transformers_florence.data.prompts import DRAWING_TEMPLATES, PHOTO_TEMPLATES, fill_template, is_short
+from transformers_florence.data.prompts import (
+    DRAWING_TEMPLATES,
+    PHOTO_TEMPLATES,
+    fill_template,
+    is_short,
+    normalize_text,
+)
 
 
 @pytest.mark.parametrize(("templates", "least"), [(DRAWING_TEMPLATES, 20), (PHOTO_TEMPLATES, 80)])
@@ -37,3 +43,8 @@ def test_a_name_stands_in_the_sentence_as_it_is():
 def test_a_template_without_exactly_one_place_is_refused(template):
     with pytest.raises(ValueError, match="exactly one {}"):
         fill_template(template, "cat")
+
+
+def test_descriptions_that_differ_in_case_and_spaces_alone_are_the_same():
+    assert normalize_text("  A\tb\n C ") == "a b c"
+    assert normalize_text("a-b, c!") == "a-b, c!"

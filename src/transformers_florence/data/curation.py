@@ -20,7 +20,7 @@ from PIL import Image
 
 from ..image_checks import PICTURE_FORMATS
 from ..image_processing_pil_florence import FlorenceImageProcessorPil
-from .picture_corpus import normalize_text
+from .prompts import normalize_text
 from .sources import text_label
 
 # Why a row goes; each has the first of these that is true of it.

@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..image_processing_pil_florence import FlorenceImageProcessorPil
-from .prompts import fill_random_template
+from .prompts import fill_random_template, normalize_text
 
 SPLITS = ("train", "test_style", "test_concept", "test_clipart")
 KEYWORD_PICTURES = 4  # rows of one keyword in a batch of keywords
@@ -41,11 +41,6 @@ def load_split(folder: str | Path, split: str):
         return load_dataset(path, split=split, cache_dir=str(config.HF_DATASETS_CACHE / f"picture_corpus_{files}"))
     except (ValueError, FileNotFoundError, DatasetsError) as error:
         raise ValueError(f"expected a corpus with the split {split!r} in {str(folder)!r}: {error}") from error
-
-
-def normalize_text(text: str) -> str:
-    """Lower case, single spaces: two descriptions that differ in nothing else are the same description."""
-    return " ".join(text.lower().split())
 
 
 def words_of_path(path: str) -> str:
@@ -189,4 +184,4 @@ def number_texts(texts: Sequence[str]) -> list[int]:
     return [table.setdefault(normalize_text(text), len(table)) for text in texts]
 
 
-__all__ = ["SPLITS", "PictureCorpus", "load_split", "normalize_text", "number_texts", "words_of_path"]
+__all__ = ["SPLITS", "PictureCorpus", "load_split", "number_texts", "words_of_path"]

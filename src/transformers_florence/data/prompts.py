@@ -152,4 +152,16 @@ def is_short(text: str, max_words: int = 3) -> bool:
     return len(text.split()) <= max_words
 
 
-__all__ = ["DRAWING_TEMPLATES", "PHOTO_TEMPLATES", "fill_random_template", "fill_template", "is_short"]
+def normalize_text(text: str) -> str:
+    """Lower case, single spaces: two descriptions that differ in nothing else are the same description."""
+    return " ".join(text.lower().split())
+
+
+__all__ = [
+    "DRAWING_TEMPLATES",
+    "PHOTO_TEMPLATES",
+    "fill_random_template",
+    "fill_template",
+    "is_short",
+    "normalize_text",
+]
