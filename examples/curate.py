@@ -47,7 +47,7 @@ from transformers_florence.data.curation import (
     scan,
 )
 from transformers_florence.data.shards import SHARD_KINDS, write_shards
-from transformers_florence.data.sources import Source, stream_rows
+from transformers_florence.data.sources import Source, make_sources, stream_rows
 from transformers_florence.evaluation.zero_shot import embed_pixels, embed_texts
 
 
@@ -70,21 +70,6 @@ class CurateArguments:
             raise ValueError(f"shards and threads: expected at least 1, got {self.shards} and {self.threads}")
 
 
-def make_sources(values: Any) -> list[Source]:
-    """The sources of the YAML file.
-
-    Raises:
-        ValueError: no list of mappings, or a key that no source has, or none that it needs.
-    """
-    if not isinstance(values, list) or not values or not all(isinstance(own, dict) for own in values):
-        raise ValueError(f"sources: expected a list of mappings with a path and a text, got {values!r}")
-    try:
-        return [Source(**own) for own in values]
-    except TypeError as error:
-        names = [own.name for own in fields(Source)]
-        raise ValueError(f"sources: expected mappings with some of {names}: {error}") from error
-
-
 def parse_arguments(argv: list[str]) -> tuple[list[Source], CurateArguments, CurationRules]:
     """Defaults, then the YAML file of `--config`, then the other options; the sources stand in the file."""
     parser = HfArgumentParser((CurateArguments, CurationRules))
@@ -93,7 +78,7 @@ def parse_arguments(argv: list[str]) -> tuple[list[Source], CurateArguments, Cur
     values = yaml.safe_load(Path(config).read_text("utf-8"))
     if not isinstance(values, dict):
         raise ValueError(f"{config}: expected keys and values, got {values!r}")
-    sources = make_sources(values.pop("sources", None))
+    sources = make_sources(values.pop("sources", []))
     known = {own.name for own in (*fields(CurateArguments), *fields(CurationRules))}
     if unknown := sorted(map(str, set(values) - known)):
         raise ValueError(f"{config}: unknown keys {', '.join(unknown)}")

@@ -156,6 +156,7 @@ class FlorenceVisionConfig(BackboneConfigMixin, PreTrainedConfig):
     model_type = "florence_vision_model"
     base_config_key = "vision_config"
     attribute_map = {"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}
+    base_model_fsdp_plan = {"encoder.stages.*.layers.*": "free_full_weight"}
 
     image_size: int | list[int] | tuple[int, int] = 224
     num_channels: int = 3
@@ -290,6 +291,7 @@ class FlorenceTextConfig(PreTrainedConfig):
 
     model_type = "florence_text_model"
     base_config_key = "text_config"
+    base_model_fsdp_plan = {"encoder.layers.*": "free_full_weight"}
 
     vocab_size: int = 49408
     hidden_size: int = 512
@@ -371,6 +373,7 @@ class FlorenceConfig(PreTrainedConfig):
 
     model_type = "florence"
     sub_configs_defaults = {"vision_config": FlorenceVisionConfig, "text_config": FlorenceTextConfig}
+    base_model_fsdp_plan = {}  # the towers bring their own
     # What transformers' Trainer does not collect over an evaluation set: every token's state, and the temperature.
     keys_to_ignore_at_inference = ["logit_scale", "text_model_output", "vision_model_output"]
 

@@ -3,6 +3,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -95,6 +96,15 @@ class FlorenceModel(FlorencePreTrainedModel):
         self.post_init()
         # A tower alone passes over the rest of a dual encoder's checkpoint; the whole has collected that and must not.
         self._keys_to_ignore_on_load_unexpected: set[str] = set()
+
+    @classmethod
+    def maybe_distribute_model(cls, model: nn.Module, distributed_config: Any, mesh_manager: Any) -> nn.Module:
+        """As every model's, but for the temperature: FSDP2 shards no scalar, so each rank has it whole."""
+        scalar = model._parameters.pop("logit_scale")
+        try:
+            return super().maybe_distribute_model(model, distributed_config, mesh_manager)
+        finally:
+            model._parameters["logit_scale"] = scalar
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()

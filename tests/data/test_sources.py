@@ -10,8 +10,8 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 
 from tests.tiny_shards import MAKER, numbers_of, png, sentence, take, write_numbered
-from transformers_florence.data.picture_corpus import normalize_text
-from transformers_florence.data.sources import Source, text_label
+from transformers_florence.data.prompts import normalize_text
+from transformers_florence.data.sources import Source, text_label, texts_of
 from transformers_florence.data.triplet_loader import TripletLoader, TripletRows, TripletStream
 
 
@@ -104,3 +104,10 @@ def test_a_class_number_without_a_name_is_refused(tmp_path):
     data = TripletRows([Source(str(tmp_path), label="class", names=["a", "b"])], MAKER, progress=False)
     with pytest.raises(ValueError, match="class: expected the number of one of 2 named classes, got 2"):
         data[0]
+
+
+def test_every_text_of_a_source_is_read_without_its_pictures(tmp_path):
+    captioned = Features({"image": Image(), "captions": List(Value("string"))})
+    rows = [{"image": {"bytes": b"no picture", "path": None}, "captions": texts} for texts in (["a b", " "], ["c"])]
+    Dataset.from_list(rows, captioned).to_parquet(tmp_path / "train.parquet")
+    assert list(texts_of(Source(str(tmp_path), text="captions"))) == ["a b", "c"]

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from tests.tiny_florence import CONTEXT, VOCABULARY, random_pixels, tiny_config, tiny_vision_config
 from transformers_florence import FlorenceModel, load_checkpoint
-from transformers_florence.training.precision import Bfloat16Forward, cpu_has_bfloat16
+from transformers_florence.training import precision
+from transformers_florence.training.precision import Bfloat16Forward, computing_dtype, cpu_has_bfloat16
 
 BATCH = 8
 
@@ -140,3 +141,15 @@ def test_the_processor_tells_whether_it_multiplies_bfloat16():
         assert cpu_has_bfloat16() is True
     elif not flags & {"avx512_bf16", "amx_tile"}:
         assert cpu_has_bfloat16() is False
+
+
+def test_what_is_computed_in_is_asked_for_or_what_the_processor_has(monkeypatch):
+    assert computing_dtype("float16") == torch.float16
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(precision, "cpu_has_bfloat16", lambda has=has: has)
+        assert computing_dtype("auto") == dtype
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert computing_dtype("auto") == torch.bfloat16
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert computing_dtype("auto") == torch.float32, "the accelerator is there, and not wanted"

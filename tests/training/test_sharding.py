@@ -16,7 +16,9 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
+from transformers.distributed import DistributedConfig
 
 import pretrain_unicl
 from tests.gloo_ranks import run_ranks
@@ -25,6 +27,7 @@ from transformers_florence import FlorenceModel, load_checkpoint
 from transformers_florence.training.gradient_cache import cached_backward
 from transformers_florence.training.objectives import ContrastiveObjective
 from transformers_florence.training.sharding import (
+    average_whole_gradients,
     check_running,
     configure_deepspeed,
     guarded_step,
@@ -164,6 +167,11 @@ def test_another_configuration_of_deepspeed_is_refused(config, message):
         configure_deepspeed(deepspeed_accelerator(config), 12, 0.5)
 
 
+def test_deepspeed_and_float16_are_refused():
+    with pytest.raises(ValueError, match="expected float32 or bfloat16 with DeepSpeed, got float16"):
+        configure_deepspeed(deepspeed_accelerator({}), 12, 0.5, torch.float16)
+
+
 # Scalars
 
 
@@ -229,6 +237,7 @@ def test_a_guarded_step_is_the_step(chunk):
     loss = cached_backward(plain, partial(objective.loss, labels=LABELS), inputs_of(), len(LABELS))
     norm = torch.cat([weight.grad.flatten() for weight in plain.parameters()]).norm()
     torch.optim.SGD(plain.parameters(), lr=0.1).step()
+    assert step.taken
     assert_close(step.loss, loss, rtol=1e-5, atol=1e-6)
     assert step.gradient_norm == pytest.approx(norm.item(), rel=1e-4)
     assert step.shared["logit_scale"].item() == pytest.approx(1 / 0.07, rel=1e-4)
@@ -250,7 +259,7 @@ def test_a_loss_that_is_not_admitted_never_goes_back(chunk, monkeypatch):
     monkeypatch.setattr(GuardedUpdate, "__call__", lambda *arguments, **options: pytest.fail("took the step"))
     step, _ = guarded(model, chunk, factor=float("nan"))
     assert asked == [(True, 0, ["a"])]
-    assert step.loss.isnan() and step.gradient_norm is None
+    assert step.loss.isnan() and step.gradient_norm is None and not step.taken
     assert all(weight.grad is None for weight in model.parameters())
     assert_close(model.state_dict(), before, rtol=0, atol=0)
 
@@ -258,13 +267,13 @@ def test_a_loss_that_is_not_admitted_never_goes_back(chunk, monkeypatch):
 # FSDP2
 
 
-def three_steps(objective: ContrastiveObjective, rows: slice, chunk: int) -> list[float]:
-    """The losses of plain SGD on some of the rows."""
+def losses_of(objective: ContrastiveObjective, rows: slice, chunk: int) -> list[float]:
+    """The losses of twenty steps of plain SGD on some of the rows."""
     optimizer = torch.optim.SGD(objective.parameters(), lr=0.01)
     inputs = {name: value[rows] for name, value in inputs_of().items()}
     loss = partial(objective.loss, labels=LABELS[rows], class_labels=LABELS[rows])
     losses = []
-    for _ in range(3):
+    for _ in range(20):
         losses.append(cached_backward(objective, loss, inputs, chunk, shared=objective.shared_outputs).item())
         optimizer.step()
         optimizer.zero_grad()
@@ -279,16 +288,26 @@ def work_of_a_rank(rank: int, folder: str) -> dict[str, Any]:
         shard_fully(objective)
         sharded = [module for module in objective.modules() if isinstance(module, FSDPModule)]
         own = sum(weight.to_local().numel() for weight in objective.parameters())
-        losses = three_steps(objective, slice(2 * rank, 2 * rank + 2), chunk)
+        losses = losses_of(objective, slice(2 * rank, 2 * rank + 2), chunk)
         save_whole(Accelerator(cpu=True), objective, objective.model, Path(folder) / f"chunks of {chunk}")
         results[f"chunks of {chunk}"] = {"losses": losses, "part": own / whole, "sharded": len(sharded)}
     return results
 
 
+def assert_moved_alike(found: dict, expected: dict, before: dict) -> None:
+    """All weights together moved as far as expected, and in the same direction."""
+    assert found.keys() == expected.keys() == before.keys()
+    moved, right = (
+        torch.cat([(state[name] - before[name]).flatten() for name in before]) for state in (found, expected)
+    )
+    assert right.norm() > 0.01
+    assert (moved - right).norm() <= 1e-3 * right.norm()
+
+
 def test_two_ranks_with_sharded_weights_are_one(tmp_path):
     plain = sigmoid_objective()
     before = copy.deepcopy(plain.model.state_dict())
-    losses = three_steps(plain, slice(None), len(LABELS))
+    losses = losses_of(plain, slice(None), len(LABELS))
     expected = plain.model.state_dict()
     (tmp_path / "ranks").mkdir()
     for results in run_ranks(partial(work_of_a_rank, folder=str(tmp_path)), 2, tmp_path / "ranks"):
@@ -297,12 +316,38 @@ def test_two_ranks_with_sharded_weights_are_one(tmp_path):
             assert result["part"] == pytest.approx(0.5, abs=0.05)
             assert result["sharded"] == 3 + 2 + 1  # layers of the towers, and the rest
             found = load_checkpoint(FlorenceModel, tmp_path / name).state_dict()
-            assert found.keys() == expected.keys()
-            moved, right = (
-                torch.cat([(state[name] - before[name]).flatten() for name in before]) for state in (found, expected)
-            )
-            assert right.norm() > 0.01
-            assert (moved - right).norm() <= 1e-4 * right.norm()
+            assert_moved_alike(found, expected, before)
+
+
+# transformers' own FSDP2
+
+
+def work_of_a_native_rank(rank: int, folder: str) -> dict[str, Any]:
+    model = FlorenceModel.from_pretrained(f"{folder}/start", distributed_config=DistributedConfig(fsdp_size=2))
+    average_whole_gradients(model)
+    whole = [name for name, weight in model.named_parameters() if not isinstance(weight, DTensor)]
+    groups = sum(isinstance(module, FSDPModule) for module in model.modules())
+    losses = losses_of(ContrastiveObjective(model), slice(2 * rank, 2 * rank + 2), 1)
+    model.save_pretrained(f"{folder}/end")
+    return {"losses": losses, "whole": whole, "groups": groups, "scale": model.logit_scale.item()}
+
+
+def test_a_model_that_transformers_loads_in_pieces_is_one(tmp_path):
+    torch.manual_seed(5)
+    plain = tiny_model()
+    plain.save_pretrained(tmp_path / "start")
+    (tmp_path / "ranks").mkdir()
+    losses = losses_of(ContrastiveObjective(plain), slice(None), len(LABELS))
+    assert losses[-1] < losses[0]
+    results = run_ranks(partial(work_of_a_native_rank, folder=str(tmp_path)), 2, tmp_path / "ranks")
+    for result in results:
+        assert result["losses"] == pytest.approx(losses, rel=1e-5)
+        assert result["whole"] == ["logit_scale"] and result["groups"] == 3 + 2 + 1
+        assert result["scale"] == pytest.approx(plain.logit_scale.item(), rel=1e-5)
+    before, found = (load_checkpoint(FlorenceModel, tmp_path / name).state_dict() for name in ("start", "end"))
+    assert_moved_alike(found, plain.state_dict(), before)
+    config = json.loads((tmp_path / "end" / "config.json").read_text("utf-8"))
+    assert config["architectures"] == ["FlorenceModel"] and "distributed_config" not in config
 
 
 # Configuration files

@@ -5,15 +5,17 @@ they were written, and the name of a class is a text like any other.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, List, Value, load_dataset
 from datasets.exceptions import DatasetsError
 
-from .picture_corpus import load_split, normalize_text
+from .picture_corpus import load_split
+from .prompts import normalize_text
 
 ROW_FEATURES = Features({"image": Image(decode=False), "texts": List(Value("string")), "is_label": Value("bool")})
 LABEL_BITS = 63  # of the 64 of the hash: labels are non-negative in int64
@@ -65,6 +67,25 @@ class Source:
             )
         if self.weight is not None and not 0 < self.weight < float("inf"):
             raise ValueError(f"{self.path}: expected a positive, finite weight, got {self.weight!r}")
+
+
+def make_sources(values: Any, name: str = "sources") -> list[Source]:
+    """The sources of a YAML file: mappings, or texts of JSON with one mapping each, as a command line has them.
+
+    Raises:
+        ValueError: no list of mappings, or a key that no source has, or none that it needs; the message names `name`.
+    """
+    try:
+        mappings = [json.loads(value) if isinstance(value, str) else value for value in values]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: expected a list of mappings with a path and a text, got {values!r}") from error
+    if not mappings or not all(isinstance(value, dict) for value in mappings):
+        raise ValueError(f"{name}: expected a list of mappings with a path and a text, got {values!r}")
+    try:
+        return [Source(**value) for value in mappings]
+    except TypeError as error:
+        known = [own.name for own in fields(Source)]
+        raise ValueError(f"{name}: expected mappings with some of {known}: {error}") from error
 
 
 def _first_part(column: str, columns: Sequence[str]) -> str:
@@ -149,6 +170,17 @@ def open_source(source: Source, *, streaming: bool) -> tuple[Dataset | IterableD
     return rows, reader
 
 
+def texts_of(source: Source) -> Iterator[str]:
+    """Every text of a source, as its rows have them, without looking at a picture.
+
+    Raises:
+        ValueError: as `open_source`.
+    """
+    rows, reader = open_source(source, streaming=True)
+    for row in rows.remove_columns([source.image]):
+        yield from reader.texts(row)
+
+
 def stream_rows(source: Source) -> IterableDataset:
     """A source as a stream of rows in the common form; its `num_shards` is how many processes can share it.
 
@@ -159,4 +191,13 @@ def stream_rows(source: Source) -> IterableDataset:
     return rows.map(reader, remove_columns=list(rows.features), features=ROW_FEATURES)
 
 
-__all__ = ["ROW_FEATURES", "RowReader", "Source", "open_source", "stream_rows", "text_label"]
+__all__ = [
+    "ROW_FEATURES",
+    "RowReader",
+    "Source",
+    "make_sources",
+    "open_source",
+    "stream_rows",
+    "text_label",
+    "texts_of",
+]

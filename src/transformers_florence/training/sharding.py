@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, parse_flag_from_env
 from torch import nn
@@ -17,6 +18,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from ..modeling_florence_vision import CoSwinLayer
+from .distributed import ranks_in
 from .gradient_cache import cached_backward
 from .stability import GuardedUpdate
 
@@ -25,7 +27,8 @@ def make_accelerator(*, processes: int = 0, **options: Any) -> Accelerator:
     """An accelerator of what the launcher asks for by environment variables, and no less.
 
     DeepSpeed's processes meet over gloo where there is no accelerator. transformers does not learn of ZeRO-3: models
-    are made and loaded whole, on any rank alone if need be, and taken apart by `Accelerator.prepare`.
+    are made and loaded whole, on any rank alone if need be, and taken apart by `Accelerator.prepare`. With
+    `mixed_precision="fp16"` the loss is scaled on a CPU too, where Accelerate would leave it as it is.
 
     Args:
         processes: how many must train together; 0 for as many as the launcher started.
@@ -46,6 +49,8 @@ def make_accelerator(*, processes: int = 0, **options: Any) -> Accelerator:
             f"expected {wanted} processes that train together, got {accelerator.num_processes}; on CPUs launch them "
             "by `ACCELERATE_USE_CPU=true torchrun --nproc_per_node N`"
         )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
     return accelerator
 
 
@@ -72,7 +77,8 @@ def configure_deepspeed(
         dtype: float32 or bfloat16.
 
     Raises:
-        ValueError: DeepSpeed's configuration says another thing (leave the key out, or set it to "auto").
+        ValueError: DeepSpeed's configuration says another thing (leave the key out, or set it to "auto"), or float16,
+            whose loss scale would be DeepSpeed's.
     """
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return
@@ -90,6 +96,8 @@ def configure_deepspeed(
     for name in ("fp16", "bf16", "torch_autocast"):
         if config.get(name, {}).get("enabled") is True:
             raise ValueError(f"DeepSpeed's {name}: expected none, as the training sets the precision, got it enabled")
+    if dtype == torch.float16:
+        raise ValueError("expected float32 or bfloat16 with DeepSpeed, got float16")
     if dtype == torch.bfloat16:
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
 
@@ -115,9 +123,9 @@ def keep_scalars_as_vectors(module: nn.Module) -> None:
 def shard_fully(module: nn.Module, **options: Any) -> None:
     """Shard a module's weights by PyTorch's FSDP2, in place: each layer of both towers for itself, then all the rest.
 
-    A `FlorenceModel` cannot be loaded in pieces by transformers' `distributed_config`, since its temperature is a
-    scalar. Scalars become vectors as by `keep_scalars_as_vectors`. To be called on every rank, with equal weights,
-    before the optimizer is made.
+    Scalars become vectors as by `keep_scalars_as_vectors`. To be called on every rank, with equal weights, before the
+    optimizer is made. A model that no rank can hold whole is loaded in pieces by transformers' `distributed_config`:
+    see `average_whole_gradients`.
 
     Args:
         module: an objective or another module with towers, that returns a mapping.
@@ -127,6 +135,28 @@ def shard_fully(module: nn.Module, **options: Any) -> None:
     layers = [layer for layer in module.modules() if isinstance(layer, CoSwinLayer | CLIPEncoderLayer)]
     for part in [*layers, module]:
         fully_shard(part, **options)
+
+
+def average_whole_gradients(module: nn.Module) -> None:
+    """Average the gradients of weights that FSDP2 has left whole on each rank, such as a temperature, over all ranks.
+
+    For a model that transformers has loaded in pieces: `from_pretrained(..., distributed_config=DistributedConfig(
+    fsdp_size=N))`. FSDP2 averages what it has sharded; of the others each rank would go its own way. To be called on
+    every rank, after loading. Optimizers and clipping that take many weights at once do not mix both kinds: give the
+    whole ones a group of their own, or use `shard_fully`.
+    """
+    ranks = ranks_in()
+
+    def average(weight: torch.Tensor) -> None:
+        gradient = weight.grad
+        assert gradient is not None, "this is called when it has come"
+        # What earlier backward passes left there is equal on all ranks, and stays: the mean of equals.
+        dist.all_reduce(gradient)
+        gradient /= ranks
+
+    for weight in module.parameters():
+        if weight.requires_grad and not isinstance(weight, DTensor):
+            weight.register_post_accumulate_grad_hook(average)
 
 
 class _LeftOutError(Exception):
@@ -140,11 +170,13 @@ class Step:
     loss: a scalar without graph.
     shared: name -> shared output of the model, without graph.
     gradient_norm: before clipping; None where the loss was not finite, or nothing computed it.
+    taken: whether the weights were changed.
     """
 
     loss: torch.Tensor
     shared: dict[str, torch.Tensor]
     gradient_norm: float | None
+    taken: bool
 
 
 def guarded_step(
@@ -183,8 +215,9 @@ def guarded_step(
     try:
         cached_backward(model, admitted, inputs, chunk_size, shared=shared, accelerator=update.accelerator)
     except _LeftOutError:
-        return Step(value, seen, None)
-    return Step(value, seen, update(value, step=step, samples=samples).gradient_norm)
+        return Step(value, seen, None, False)
+    done = update(value, step=step, samples=samples)
+    return Step(value, seen, done.gradient_norm, done.taken)
 
 
 def save_whole(
@@ -220,7 +253,7 @@ def check_running(accelerator: Accelerator, wrapped: Any, dtype: torch.dtype = t
 
     Args:
         wrapped: what `prepare` returned.
-        dtype: float32 or bfloat16, what the model computes in.
+        dtype: float32, bfloat16 or float16, what the model computes in.
 
     Returns:
         What is running: precision, the number of processes, device, wrapper and stage of ZeRO.
@@ -235,7 +268,7 @@ def check_running(accelerator: Accelerator, wrapped: Any, dtype: torch.dtype = t
         raise ValueError(f"expected a model in {expected}, got {kind}; on CPUs set ACCELERATE_USE_CPU=true for DDP")
     if stage is not None and wrapped.zero_optimization_stage() != stage:
         raise ValueError(f"expected ZeRO-{stage}, got ZeRO-{wrapped.zero_optimization_stage()}")
-    precision = {torch.float32: "no", torch.bfloat16: "bf16"}[dtype]
+    precision = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     mixed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if mixed not in ("no", precision):  # "no" is also what `accelerate launch` says where nobody said anything
         raise ValueError(f"expected the mixed precision {mixed!r} that Accelerate was asked for, got {precision!r}")
@@ -245,6 +278,7 @@ def check_running(accelerator: Accelerator, wrapped: Any, dtype: torch.dtype = t
 
 __all__ = [
     "Step",
+    "average_whole_gradients",
     "check_running",
     "configure_deepspeed",
     "guarded_step",
