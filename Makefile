@@ -31,8 +31,9 @@ style: .venv/.dev  ## mend lint and format in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/.dev  ## compare the vision tower's speed and memory with its peers
+bench: .venv/.dev  ## compare the image and the video tower's speed and memory with their peers
 	$(BIN)/python benchmarks/vision_tower.py
+	$(BIN)/python benchmarks/video.py
 
 clean:  ## remove caches and build outputs; .venv stays
 	rm -rf build dist demo .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -6,9 +6,11 @@
 Every tower is Swin-T with the same random weights; that all four give the same features is checked first. Then each
 lives in a process of its own, as it does for a user: what one leaves behind in the memory allocator is no help and no
 burden to another. The processes run in turns, one tower after the other in every round while the others wait, so that
-a busy machine slows all of them alike; the table holds medians. Processor time is the second clock, which other
-programs hardly touch. Memory is how far the first runs raise the resident set of yet another process above its size
-before them: one of its own, because the measurement empties the allocator's lists, which slows what runs next.
+a busy machine slows all of them alike. A process is fast or slow for its whole life by up to a fifth, as its memory
+happens to lie: so all of this is done over with new processes, and the table holds the medians of their medians, with
+the fastest and the slowest process beside. Processor time is the second clock, which other programs hardly touch.
+Memory is how far the first runs raise the resident set of yet another process above its size before them: one of its
+own, because the measurement empties the allocator's lists, which slows what runs next.
 """
 
 import argparse
@@ -19,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -219,10 +221,11 @@ def matrix_product(precision: str) -> Callable[[], None]:
 
 @dataclass
 class Clock:
-    """Median seconds of one run."""
+    """Seconds of one run: the median over the processes, and each process's own median."""
 
     wall: float
     processor: float
+    walls: list[float]
 
 
 def resident_bytes(field: str) -> int:
@@ -296,23 +299,35 @@ class Child:
         wall, processor = self.answer()
         self.seconds.append((float(wall), float(processor)))
 
-    def close(self) -> Clock:
-        """Ends the process. Returns its medians."""
+    def close(self) -> tuple[float, float]:
+        """Ends the process. Returns the medians of its two clocks."""
         self.process.stdin.close()
         self.process.wait()
-        return Clock(*map(statistics.median, zip(*self.seconds, strict=True)))
+        wall, processor = map(statistics.median, zip(*self.seconds, strict=True))
+        return wall, processor
 
 
-def interleave(children: dict[str, Child], rounds: int, label: str) -> dict[str, Clock]:
-    """Time all children in turns; each round starts with another one."""
-    names = list(children)
-    for child in children.values():
-        child.start()
-    for index in tqdm(range(rounds), desc=label, leave=False):
-        for name in names[index % len(names) :] + names[: index % len(names)]:
-            time.sleep(PAUSE)
-            children[name].run()
-    return {name: child.close() for name, child in children.items()}
+def interleave(names: Sequence[str], mode: str, precision: str, options: argparse.Namespace) -> dict[str, Clock]:
+    """Time all in turns, each in a process of its own, and all of it again with new processes.
+
+    Each round starts with another one.
+    """
+    medians: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    for _ in tqdm(range(options.processes), desc=f"{precision} {mode}", leave=False):
+        children = {name: Child(name, mode, precision, options) for name in names}
+        for child in children.values():
+            child.start()
+        for index in range(options.rounds):
+            for name in (*names[index % len(names) :], *names[: index % len(names)]):
+                time.sleep(PAUSE)
+                children[name].run()
+        for name, child in children.items():
+            medians[name].append(child.close())
+    clocks = {}
+    for name, pairs in medians.items():
+        walls, processors = (list(values) for values in zip(*pairs, strict=True))
+        clocks[name] = Clock(statistics.median(walls), statistics.median(processors), walls)
+    return clocks
 
 
 def pictures(options: argparse.Namespace) -> torch.Tensor:
@@ -324,7 +339,8 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=8, help="pictures in a batch")
     parser.add_argument("--size", type=int, default=224, help="side of the pictures in pixels")
-    parser.add_argument("--rounds", type=int, default=7, help="timed runs of each tower")
+    parser.add_argument("--processes", type=int, default=5, help="processes of each tower, one after the other")
+    parser.add_argument("--rounds", type=int, default=5, help="timed runs in each process")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
@@ -351,21 +367,26 @@ def main() -> None:
         towers[OURS](pixel_values[:1])
     flops = counter.get_total_flops() * options.batch
     print(f"{flops / options.batch / 1e9:.2f} GFLOP a picture and forward, {options.threads} threads.\n")
-    print("| | tower | ms a picture | processor ms | times the best peer | processor | peak MiB | matrix rate |")
-    print("|---|---|---|---|---|---|---|---|")
+    columns = ("", "tower", "ms a picture", "fastest to slowest process", "processor ms", "times the best peer")
+    columns = (*columns, "processor", "peak MiB", "matrix rate")
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for precision in options.precisions:
         for mode in options.modes:
             label = f"{precision} {mode}"
-            children = {name: Child(name, mode, precision, options) for name in (MATRIX, *towers)}
-            memory = {name: children[name].memory() for name in tqdm(towers, desc=f"{label}, memory", leave=False)}
-            clocks = interleave(children, options.rounds, label)
+            memory = {
+                name: Child(name, mode, precision, options).memory()
+                for name in tqdm(towers, desc=f"{label}, memory", leave=False)
+            }
+            clocks = interleave((MATRIX, *towers), mode, precision, options)
             rate = 2 * MATRIX_SIDE**3 / clocks[MATRIX].wall
             peers = [clocks[name] for name in towers if name != OURS] or [clocks[OURS]]
             for name in towers:
                 clock = clocks[name]
                 share = flops * (1 if mode == "forward" else 3) / clock.wall / rate  # backward is two forwards
+                walls = [wall / options.batch * 1e3 for wall in clock.walls]
                 print(
                     f"| {label} | {name} | {clock.wall / options.batch * 1e3:.1f} "
+                    f"| {min(walls):.1f} to {max(walls):.1f} "
                     f"| {clock.processor / options.batch * 1e3:.1f} "
                     f"| {min(peer.wall for peer in peers) / clock.wall:.2f} "
                     f"| {min(peer.processor for peer in peers) / clock.processor:.2f} "

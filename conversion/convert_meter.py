@@ -69,8 +69,8 @@ RANKING: KeyTable = [
 ]
 HEADS: KeyTable = [
     Row(r"itm_score\.fc\.", "itm_head."),
-    Row(r"mlm_score\.bias$", "mlm_head.decoder.bias"),
-    Row(r"mlm_score\.decoder\.", "mlm_head.decoder."),
+    Row(r"mlm_score\.bias$", "mlm_head.vocabulary.bias"),
+    Row(r"mlm_score\.decoder\.", "mlm_head.vocabulary."),
     Row(r"mlm_score\.transform\.dense\.", "mlm_head.transform."),
     Row(r"mlm_score\.transform\.LayerNorm\.", "mlm_head.norm."),
     Row(r"vqa_classifier\.([013])\.", r"classifier.\1."),

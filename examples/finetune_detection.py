@@ -106,6 +106,12 @@ def read_sets(arguments: DetectionArguments) -> tuple[DetectionSet, DetectionSet
     return train, held_out
 
 
+def detection_processor(source: str, size: dict[str, int]) -> FlorenceDetectionImageProcessor:
+    """For a detector on the image tower of a checkpoint, with the normalisation that the tower was trained with."""
+    tower = FlorenceImageProcessor.from_pretrained(source)
+    return FlorenceDetectionImageProcessor(size=size, image_mean=tower.image_mean, image_std=tower.image_std)
+
+
 def build_model(
     arguments: DetectionArguments, names: list[str]
 ) -> tuple[FlorenceForObjectDetection, FlorenceDetectionImageProcessor]:
@@ -124,10 +130,7 @@ def build_model(
             raise ValueError(f"expected the classes of {source}, {list(model.config.id2label.values())}, got {names}")
         return model, FlorenceDetectionImageProcessor.from_pretrained(source, size=size)
     model = FlorenceForObjectDetection.from_pretrained_backbone(source, **shape)
-    tower = FlorenceImageProcessor.from_pretrained(
-        source
-    )  # a tower expects the normalisation that it was trained with
-    return model, FlorenceDetectionImageProcessor(size=size, image_mean=tower.image_mean, image_std=tower.image_std)
+    return model, detection_processor(source, size)
 
 
 def choose_trained(arguments: DetectionArguments, model: FlorenceForObjectDetection) -> nn.Module:
@@ -196,12 +199,14 @@ def draw_predictions(
     processor: FlorenceDetectionImageProcessor,
     held_out: DetectionSet,
     file: Path,
+    class_embeds: torch.Tensor | None = None,
 ) -> None:
-    """A mosaic: pictures with their annotations, each beside the same picture with its detections."""
-    tiles = []
-    for part, detections in detect(
-        model, processor, held_out.pictures[: arguments.shown], threshold=arguments.threshold
-    ):
+    """A mosaic: pictures with their annotations, each beside the same picture with its detections.
+
+    class_embeds: vectors of the classes, for an open-set detector.
+    """
+    tiles, shown = [], held_out.pictures[: arguments.shown]
+    for part, detections in detect(model, processor, shown, threshold=arguments.threshold, class_embeds=class_embeds):
         for picture, found in zip(part, detections, strict=True):
             pixels = processor.process_image(picture.file)
             tiles.append(draw_objects(pixels, picture.boxes, picture.labels, held_out.names))

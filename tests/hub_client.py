@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from huggingface_hub import EvalResult, HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_model, save_file, save_model
+from torch.testing import assert_close
 from transformers import (
     AutoBackbone,
     AutoImageProcessor,
@@ -24,18 +25,24 @@ from transformers import (
 )
 
 from tests.hub_server import TOKEN
-from tests.tiny_florence import TEXTS, random_pixels, tiny_model, tiny_processor, tiny_text_config, tiny_vision_config
+from tests.tiny_florence import TEXTS, random_pixels, tiny_model, tiny_processor
+from tests.tiny_heads import TABLE, Tensors, batch_for, tiny_head
 from transformers_florence import (
     FlorenceBackbone,
-    FlorenceConfig,
+    FlorenceForImageCaptioning,
     FlorenceForImageClassification,
+    FlorenceForImageTextRetrieval,
+    FlorenceForObjectDetection,
+    FlorenceForPreTraining,
+    FlorenceForQuestionAnswering,
+    FlorenceForVideoClassification,
+    FlorenceFusionModel,
     FlorenceImageProcessor,
     FlorenceModel,
     FlorenceProcessor,
-    FlorenceTextConfig,
     FlorenceTextModel,
     FlorenceTokenizer,
-    FlorenceVisionConfig,
+    FlorenceVideoModel,
     FlorenceVisionModel,
     create_model_card,
     load_checkpoint,
@@ -47,17 +54,29 @@ HEADS = {
     "text": FlorenceTextModel,
     "classifier": FlorenceForImageClassification,
     "backbone": FlorenceBackbone,
+    "detector": FlorenceForObjectDetection,
+    "fusion": FlorenceFusionModel,
+    "answers": FlorenceForQuestionAnswering,
+    "retrieval": FlorenceForImageTextRetrieval,
+    "pretraining": FlorenceForPreTraining,
+    "captions": FlorenceForImageCaptioning,
+    "video": FlorenceVideoModel,
+    "actions": FlorenceForVideoClassification,
 }
 DUAL = ("in-shards", "processor-first", "from-a-folder", "uploaded")
-DOORS = {
-    FlorenceConfig: "AutoConfig",
-    FlorenceVisionConfig: "AutoConfig",
-    FlorenceTextConfig: "AutoConfig",
-    FlorenceModel: "AutoModel",
-    FlorenceVisionModel: "AutoModel",
-    FlorenceTextModel: "AutoModel",
+MODEL_DOORS = {
+    **dict.fromkeys([FlorenceModel, *HEADS.values()], "AutoModel"),
     FlorenceForImageClassification: "AutoModelForImageClassification",
     FlorenceBackbone: "AutoBackbone",
+    FlorenceForObjectDetection: "AutoModelForObjectDetection",
+    FlorenceForQuestionAnswering: "AutoModelForVisualQuestionAnswering",
+    FlorenceForPreTraining: "AutoModelForPreTraining",
+    FlorenceForImageCaptioning: "AutoModelForImageTextToText",
+    FlorenceForVideoClassification: "AutoModelForVideoClassification",
+}
+DOORS = {
+    **{type(TABLE[head].config()): "AutoConfig" for head in MODEL_DOORS},
+    **MODEL_DOORS,
     FlorenceTokenizer: "AutoTokenizer",
     FlorenceImageProcessor: "AutoImageProcessor",
     FlorenceProcessor: "AutoProcessor",
@@ -71,26 +90,28 @@ RESULT = EvalResult(
 )
 
 
-def tiny_heads() -> dict[str, PreTrainedModel]:
-    configs = {"text": tiny_text_config(), "backbone": tiny_vision_config(out_features=["stage1", "stage2"])}
-    return {name: head(configs.get(name, tiny_vision_config())).eval() for name, head in HEADS.items()}
+def given(model: PreTrainedModel) -> Tensors:
+    """What it reads; a dual encoder, what its processor makes."""
+    if not isinstance(model, FlorenceModel):
+        return batch_for(type(model))
+    return {**tiny_processor()(text=TEXTS, return_tensors="pt"), "pixel_values": random_pixels(2)}
 
 
 def computed(model: PreTrainedModel) -> torch.Tensor:
     """A tensor that hangs on all that a model is."""
-    ids = {} if model.main_input_name == "pixel_values" else tiny_processor()(text=TEXTS, return_tensors="pt")
-    pixels = {} if isinstance(model, FlorenceTextModel) else {"pixel_values": random_pixels(2)}
     with torch.no_grad():
-        first = model(**ids, **pixels)[0]
+        first = model(**given(model))[0]
     return (first[-1] if isinstance(first, tuple) else first).contiguous()
 
 
 def push(folder: Path) -> None:
     """Push everything, in every way, with a token that is passed along; keep what it is to be compared with."""
     torch.manual_seed(0)
-    model, processor, heads = tiny_model(), tiny_processor(), tiny_heads()
+    model, processor = tiny_model(), tiny_processor()
+    heads = {name: tiny_head(head) for name, head in HEADS.items()}
     for name, each in {"dual": model, **heads}.items():
-        save_file(dict(each.state_dict()), folder / f"{name}.safetensors")
+        save_model(each, str(folder / f"{name}.safetensors"))
+        save_file(dict(given(each)), folder / f"{name}.given")
     save_file({name: computed(each) for name, each in {"dual": model, **heads}.items()}, folder / "computed")
 
     model.push_to_hub("me/in-shards", private=True, token=TOKEN, max_shard_size="20KB")
@@ -127,10 +148,10 @@ def push(folder: Path) -> None:
 
 def check(model: PreTrainedModel, kind: type, weights: Path) -> None:
     """Nothing is lost, added or rounded."""
-    expected, found = load_file(weights), model.state_dict()
-    assert type(model) is kind and sorted(found) == sorted(expected), type(model)
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
+    expected = kind(model.config)
+    load_model(expected, weights)
+    assert type(model) is kind
+    assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
 
 
 def load(folder: Path) -> None:

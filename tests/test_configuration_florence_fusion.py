@@ -110,6 +110,18 @@ def test_impossible_captioning(fields, message):
         tiny_captioning_config(**fields)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"fusion_type": "late"}, "`fusion_type`: expected one of 'co_attention', 'merged_attention', got 'late'"),
+        ({"num_decoder_layers": -1}, "`num_decoder_layers`: expected an integer between 0 and 1000"),
+    ],
+)
+def test_impossible_kinds_of_fusion(fields, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_fusion_config(**fields)
+
+
 def test_no_layer_of_fusion_is_possible():
     assert tiny_fusion_config(num_hidden_layers=0).num_hidden_layers == 0
     own = text_configs()["florence"]

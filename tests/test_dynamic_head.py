@@ -6,6 +6,7 @@ from torch import nn
 from torch.autograd import gradcheck
 from torch.nn import functional as F
 from torch.testing import assert_close
+from torchvision.ops import deform_conv2d
 
 from tests.oracles import randomize
 from tests.oracles_detection import DyHeadBlock, deformable_convolution
@@ -199,3 +200,20 @@ def test_what_is_no_pyramid_is_refused():
         head(())
     with pytest.raises(ValueError, match=r"expected a map of \(3, 2\) at level 1, got \(2, 2\)"):
         head(tuple(each.float() for each in maps_of((5, 4), (2, 2))))
+
+
+@pytest.mark.parametrize(("size", "stride"), [((9, 7), 1), ((9, 8), 2), ((1, 1), 1), ((1, 5), 2)])
+def test_on_the_processor_it_is_torchvisions_convolution(size, stride):
+    """Offsets far beyond the map too; torchvision's kernel is what other devices and exporters use."""
+    conv = randomize(ModulatedDeformConv(config(), stride=stride)).double()
+    grid = [(side - 1) // stride + 1 for side in size]
+    hidden_states = torch.randn(2, CHANNELS, *size, dtype=torch.float64, requires_grad=True)
+    offsets = (4 * torch.randn(2, 18, *grid, dtype=torch.float64)).requires_grad_()
+    mask = torch.rand(2, 9, *grid, dtype=torch.float64, requires_grad=True)
+    weights = (hidden_states, offsets, mask, conv.weight, conv.bias)
+    output = conv(hidden_states, offsets, mask)
+    expected = deform_conv2d(hidden_states, offsets, conv.weight, conv.bias, stride, 1, mask=mask)
+    assert_close(output, expected, rtol=1e-9, atol=1e-9)
+    ours, theirs = (torch.autograd.grad(each.square().sum(), weights) for each in (output, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        assert_close(one, other, rtol=1e-7, atol=1e-7)

@@ -6,12 +6,19 @@ import re
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import BridgeTowerTextConfig, DynamicCache, EncoderDecoderCache
+from transformers import BertConfig, BridgeTowerTextConfig, DynamicCache, EncoderDecoderCache
+from transformers.models.bert.modeling_bert import BertEncoder
 from transformers.models.bridgetower.modeling_bridgetower import BridgeTowerBertCrossLayer
 
 from tests.oracles import randomize
 from tests.tiny_fusion import tiny_captioning_config, tiny_fusion_config
-from transformers_florence.fusion import CoAttentionLayer, FusionAttention, FusionEncoder, LanguageHead
+from transformers_florence.fusion import (
+    CoAttentionLayer,
+    FusionAttention,
+    FusionEncoder,
+    LanguageHead,
+    MergedFusionEncoder,
+)
 
 DIM, HEADS = 24, 4
 BRIDGETOWER = [
@@ -173,7 +180,7 @@ def test_a_language_head_is_its_formula():
     hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
     hidden = (hidden - hidden.mean(-1, keepdim=True)) / hidden.std(-1, keepdim=True, unbiased=False)
     hidden = hidden * head.norm.weight + head.norm.bias
-    expected = hidden @ head.decoder.weight.T + head.decoder.bias
+    expected = hidden @ head.vocabulary.weight.T + head.vocabulary.bias
     assert_close(head(states), expected, rtol=0, atol=1e-10)
 
 
@@ -183,3 +190,45 @@ def test_what_lora_looks_for_is_there():
     kinds = itertools.product(("self", "cross"), ("q_proj", "k_proj", "v_proj", "out_proj"))
     assert {f"{kind}_attention.{part}" for kind, part in kinds} <= names
     assert sum(isinstance(module, FusionAttention) for module in layer().modules()) == 2
+
+
+# Merged attention
+
+
+def bert(ours: MergedFusionEncoder) -> BertEncoder:
+    """transformers' encoder with the same weights."""
+    config = BertConfig(
+        hidden_size=DIM,
+        num_attention_heads=HEADS,
+        num_hidden_layers=len(ours.layers),
+        intermediate_size=4 * DIM,
+        layer_norm_eps=1e-12,
+        attn_implementation="eager",
+    )
+    theirs = BertEncoder(config).eval()
+    renamed = {}
+    for name, value in ours.state_dict().items():
+        name = re.sub(r"^layers\.", "layer.", name)
+        for pattern, target in BRIDGETOWER:
+            name = re.sub(pattern, target, name)
+        for old, new in {"self.self.": "attention.self.", "self.output.": "attention.output.", **LETTERS}.items():
+            name = name.replace(old, new)
+        renamed[name] = value
+    theirs.load_state_dict(renamed)
+    return theirs
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@torch.no_grad()
+def test_merged_attention_is_one_encoder_over_both(implementation):
+    config = tiny_fusion_config(fusion_type="merged_attention", attn_implementation=implementation)
+    encoder = randomize(MergedFusionEncoder(config)).eval()
+    text, image = torch.randn(2, 5, DIM), torch.randn(2, 3, DIM)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    tokens, seen = torch.cat((text, image), dim=1), torch.cat((mask, torch.ones(2, 3)), dim=1)
+    added = ((1 - seen) * torch.finfo(torch.float32).min)[:, None, None, :]
+    expected = bert(encoder)(tokens, attention_mask=added).last_hidden_state
+    got_text, got_image = encoder(text, image, mask)
+    assert_close(torch.cat((got_text, got_image), dim=1)[seen == 1], expected[seen == 1], rtol=0, atol=1e-5)
+    without = bert(encoder)(tokens).last_hidden_state
+    assert_close(torch.cat(encoder(text, image), dim=1), without, rtol=0, atol=1e-5)

@@ -2,12 +2,13 @@
 
 import pytest
 from huggingface_hub import EvalResult, ModelCard
+from torch.testing import assert_close
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
 
 import transformers_florence
 from tests.tiny_florence import tiny_config, tiny_text_config, tiny_vision_config
+from tests.tiny_heads import HEADS, tiny_head
 from transformers_florence import (
-    FlorenceForImageClassification,
     FlorenceModel,
     FlorenceTextModel,
     FlorenceVisionConfig,
@@ -54,15 +55,17 @@ def test_a_card_says_what_the_hub_asks_for(tmp_path):
     assert table == ["| Pictures | test | top-1 | 0.75 |", "| Pictures |  | recall | 0.5 |"]
 
 
-def test_its_example_loads_the_model(tmp_path):
-    model = FlorenceForImageClassification(tiny_vision_config(num_labels=3))
+@pytest.mark.parametrize("head", HEADS)
+def test_its_example_loads_the_model(head, tmp_path):
+    model = tiny_head(head)
     model.save_pretrained(tmp_path)
     create_model_card(model, str(tmp_path)).save(tmp_path / "README.md")
     text = (tmp_path / "README.md").read_text("utf-8")
     namespace: dict = {}
     exec(text.split("```python\n")[1].split("```")[0], namespace)
-    assert type(namespace["model"]) is FlorenceForImageClassification and namespace["model"].config.num_labels == 3
-    assert "Results" not in text and ModelCard(text).data.pipeline_tag == "image-classification"
+    assert type(namespace["model"]) is head
+    assert_close(namespace["model"].state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert "Results" not in text and ModelCard(text).data.library_name == "transformers"
 
 
 def test_every_public_model_has_a_task():

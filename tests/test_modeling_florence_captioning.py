@@ -113,8 +113,8 @@ def test_beam_search_finds_what_trying_everything_finds():
     """As many beams as pairs of tokens: the best of all sequences of two tokens."""
     model, pixels = tiny(), random_pixels(1)
     small = 6  # tokens 5 and up are made impossible, so that everything can be tried
-    model.lm_head.decoder.bias.data[small:] = -1e4
-    model.lm_head.decoder.bias.data[EOS] = -1e4
+    model.lm_head.vocabulary.bias.data[small:] = -1e4
+    model.lm_head.vocabulary.bias.data[EOS] = -1e4
     model.config.tie_word_embeddings = False
     start = model(torch.tensor([[BOS]]), pixels).logits[0, -1].log_softmax(-1)
     best, score = None, -torch.inf
@@ -125,6 +125,25 @@ def test_beam_search_finds_what_trying_everything_finds():
     for use_cache in (True, False):
         found = model.generate(pixel_values=pixels, max_new_tokens=2, num_beams=25, use_cache=use_cache)
         assert found[0].tolist() == best
+
+
+def test_with_a_cache_each_token_and_the_picture_are_computed_once():
+    """Of n tokens written without one, the decoder computes 1 + 2 + ... + n, and the picture's keys n times."""
+    model, written = tiny(max_position_embeddings=32), 20
+    embeds = model.encode_images(random_pixels(2))
+    tokens, pictures = [], []
+    layer = model.decoder.layers[0]
+    layer.mlp.register_forward_pre_hook(lambda module, inputs: tokens.append(inputs[0].shape[1]))
+    layer.cross_attention.k_proj.register_forward_pre_hook(lambda module, inputs: pictures.append(inputs[0].shape[1]))
+    counts = {}
+    for use_cache in (True, False):
+        tokens.clear()
+        pictures.clear()
+        model.generate(
+            image_embeds=embeds, min_new_tokens=written, max_new_tokens=written, do_sample=False, use_cache=use_cache
+        )
+        counts[use_cache] = (sum(tokens), len(pictures))
+    assert counts == {True: (written, 1), False: (written * (written + 1) // 2, written)}
 
 
 @torch.no_grad()
@@ -169,7 +188,7 @@ def test_one_picture_serves_many_questions():
 @torch.no_grad()
 def test_no_text_grows_beyond_the_positions():
     model = tiny()
-    model.lm_head.decoder.bias.data[EOS] = -1e4
+    model.lm_head.vocabulary.bias.data[EOS] = -1e4
     for beams in (1, 2):
         generated = model.generate(pixel_values=random_pixels(2), max_new_tokens=100, num_beams=beams)
         assert generated.shape == (2, 16)
@@ -217,11 +236,11 @@ def test_one_batch_is_learnt_and_then_told():
 
 def test_folders_and_shared_weights(tmp_path):
     model = tiny()
-    assert model.lm_head.decoder.weight is model.decoder.word_embeddings.weight
+    assert model.lm_head.vocabulary.weight is model.decoder.word_embeddings.weight
     model.save_pretrained(tmp_path / "own")
     loaded, info = FlorenceForImageCaptioning.from_pretrained(tmp_path / "own", output_loading_info=True)
     assert not any(info.values())
-    assert loaded.lm_head.decoder.weight is loaded.decoder.word_embeddings.weight
+    assert loaded.lm_head.vocabulary.weight is loaded.decoder.word_embeddings.weight
     assert loaded.generation_config.eos_token_id == EOS and loaded.generation_config.bos_token_id == BOS
     ids, pixels = texts(), random_pixels()
     assert_close(loaded(ids, pixels).logits, model(ids, pixels).logits, rtol=0, atol=1e-5)
@@ -262,7 +281,7 @@ def test_resized_vocabulary_stays_shared():
     model = tiny()
     model.resize_token_embeddings(VOCABULARY + 3)
     assert model.config.vocab_size == VOCABULARY + 3
-    assert model.lm_head.decoder.weight is model.decoder.word_embeddings.weight
+    assert model.lm_head.vocabulary.weight is model.decoder.word_embeddings.weight
     assert model(texts(), random_pixels()).logits.shape[-1] == VOCABULARY + 3
 
 

@@ -81,7 +81,7 @@ def test_predictions_are_decoded_from_the_maps(size):
     for finer, coarser in itertools.pairwise(grids):
         assert coarser == tuple(math.ceil(side / 2) for side in finer)
     start, anchors = 0, grid_anchors(grids, [4, 8, 16, 32])
-    for each, scale in zip(maps, model.box_scales, strict=True):
+    for each, scale in zip(maps, model.box_scales.parameters(), strict=True):
         places = each.flatten(2).transpose(1, 2)  # (batch, locations, channels)
 
         def linear(predictor: nn.Conv2d, places: torch.Tensor = places) -> torch.Tensor:

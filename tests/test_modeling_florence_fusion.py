@@ -116,6 +116,22 @@ def test_image_tokens_serve_many_questions():
     assert_close(many, pairs.pooler_output, rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def test_texts_about_some_pictures():
+    """Five texts about three pictures: what each gives with its picture alone, and every picture is seen once."""
+    model, pixels, texts = tiny_fusion(), random_pixels(3), random_texts(5)
+    rows = [2, 0, 0, 1, 2]
+    expected = [
+        model(**{name: value[text : text + 1] for name, value in texts.items()}, pixel_values=pixels[row : row + 1])
+        for text, row in enumerate(rows)
+    ]
+    seen = []
+    model.vision_model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    output = model(**texts, pixel_values=pixels, image_rows=torch.tensor(rows))
+    assert_close(output.pooler_output, torch.cat([each.pooler_output for each in expected]), rtol=0, atol=1e-5)
+    assert seen == [3]
+
+
 def test_towers_of_a_folder_are_taken_over(tmp_path):
     dual = save_tiny(tmp_path)
     fields = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
@@ -218,6 +234,10 @@ def test_half_precision_runs():
     ("changes", "message"),
     [
         ({"pixel_values": None}, "expected either pixel_values or image_embeds, got neither"),
+        ({"image_rows": torch.tensor([0, 1])}, r"expected image_rows of shape \(3,\), integers, got"),
+        ({"image_rows": torch.tensor([0.0, 1.0, 2.0])}, "integers, got torch.float32"),
+        ({"image_rows": torch.tensor([0, 1, 3])}, "expected image_rows from 0 to 2, got 3"),
+        ({"image_rows": torch.tensor([0, -1, 2])}, "expected image_rows from 0 to 2, got -1"),
         ({"image_embeds": torch.zeros(3, 4, 16)}, "expected either pixel_values or image_embeds, got both"),
         (
             {"pixel_values": None, "image_embeds": torch.zeros(3, 16)},

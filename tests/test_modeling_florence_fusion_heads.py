@@ -8,8 +8,17 @@ from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArgum
 
 from tests.oracles import randomize
 from tests.tiny_florence import random_pixels
-from tests.tiny_fusion import ANSWERS, TOKENS, VOCABULARY, random_texts, tiny_fusion_config, tiny_roberta_tokenizer
+from tests.tiny_fusion import (
+    ANSWERS,
+    TOKENS,
+    VOCABULARY,
+    random_texts,
+    text_configs,
+    tiny_fusion_config,
+    tiny_roberta_tokenizer,
+)
 from transformers_florence.losses_fusion import IGNORED_TOKEN, answer_loss, token_loss
+from transformers_florence.modeling_florence_captioning import FlorenceForImageCaptioning
 from transformers_florence.modeling_florence_fusion import FlorenceFusionModel
 from transformers_florence.modeling_florence_fusion_heads import (
     NO_DECAY,
@@ -173,6 +182,54 @@ def test_a_batch_without_negatives(reason):
     assert output.itm_labels.tolist() == [1] * 3 + [IGNORED_TOKEN] * 6
     expected = nn.functional.cross_entropy(output.itm_logits[:3], torch.ones(3, dtype=torch.long))
     assert_close(output.itm_loss, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_captioning_is_a_third_loss_that_captioning_models_go_on_from(tmp_path):
+    """The decoder sees the texts before they were masked; alone, on the same tower, it has the same loss."""
+    model, inputs = tiny(FlorenceForPreTraining, num_decoder_layers=2), masked(batch(4))
+    output = model(**inputs)
+    assert_close(output.loss, output.itm_loss + output.mlm_loss + output.caption_loss)
+    model.save_pretrained(tmp_path)
+    captioning = FlorenceForImageCaptioning.from_pretraining(tmp_path)
+    whole = batch(4)
+    labels = whole["input_ids"].masked_fill(whole["attention_mask"] == 0, IGNORED_TOKEN)
+    assert_close(captioning(**whole, labels=labels).loss, output.caption_loss, rtol=0, atol=1e-5)
+    assert captioning.config.bos_token_id == 0 and captioning.config.eos_token_id == 2
+    assert captioning.generate(pixel_values=whole["pixel_values"], max_new_tokens=3).shape[0] == 4
+    frozen = FlorenceForImageCaptioning.from_pretraining(tmp_path, freeze_vision=True)
+    assert not any(weight.requires_grad for weight in frozen.vision_model.parameters())
+    answers, info = FlorenceForQuestionAnswering.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["unexpected_keys"]
+
+
+def test_captioning_needs_a_decoder_and_its_tokens(tmp_path):
+    FlorenceForPreTraining(tiny_fusion_config()).save_pretrained(tmp_path / "none")
+    with pytest.raises(ValueError, match="expected a checkpoint with a decoder, got num_decoder_layers=0"):
+        FlorenceForImageCaptioning.from_pretraining(tmp_path / "none")
+    fields = {"text_config": text_configs()["bert"], "num_decoder_layers": 1}
+    FlorenceForPreTraining(tiny_fusion_config(**fields)).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match="expected the ids of the special tokens, got {'bos_token_id': None"):
+        FlorenceForImageCaptioning.from_pretraining(tmp_path / "bert")
+    model = FlorenceForImageCaptioning.from_pretraining(tmp_path / "bert", bos_token_id=101, eos_token_id=102)
+    assert model.config.bos_token_id == 101
+
+
+@torch.no_grad()
+def test_heads_on_merged_attention(tmp_path):
+    """They take what the one stack leaves of texts and pictures; its weights are recorded over both."""
+    fields = {"fusion_type": "merged_attention", "attn_implementation": "eager"}
+    model, inputs = tiny(FlorenceForQuestionAnswering, **fields), batch()
+    output = model(**inputs, output_attentions=True, output_hidden_states=True)
+    tokens = TOKENS + model.encode_images(inputs["pixel_values"]).shape[1]
+    assert [tuple(weights.shape) for weights in output.attentions] == [(3, 4, tokens, tokens)] * 2
+    assert [tuple(states.shape) for states in output.hidden_states] == [(3, tokens, 24)] * 3
+    assert not output.cross_attentions
+    features = model.model(**inputs)
+    assert_close(output.hidden_states[-1], torch.cat((features.text_features, features.image_features), dim=1))
+    model.save_pretrained(tmp_path)
+    again = FlorenceForQuestionAnswering.from_pretrained(tmp_path)
+    assert_close(again(**inputs).logits, output.logits, rtol=0, atol=1e-5)
 
 
 def test_no_masked_token_is_no_loss_and_no_nan():

@@ -234,6 +234,49 @@ def test_inflation_resizes_tables_in_space_and_repeats_them_in_time():
     assert_close(image.state_dict(), before, rtol=0, atol=0)  # nothing is shared with the image tower
 
 
+@BOTH_MODES
+def test_windows_change_with_their_tables(tmp_path, mode):
+    """An inflated tower with new windows is the tower that the resized image tower is inflated to."""
+    images = image_tower()
+    model = inflate_from_image(images, temporal_window_size=2, temporal_mode=mode)
+    model.resize_window_size([6, 3], [3, 5])
+    images.resize_window_size([6, 3])
+    expected = inflate_from_image(images, temporal_window_size=[3, 5], temporal_mode=mode)
+    own = {name: tensor for name, tensor in model.state_dict().items() if ".temporal_" not in name}
+    assert_close(own, {name: expected.state_dict()[name] for name in own}, atol=1e-12, rtol=1e-12)
+    assert model.config.windows == expected.config.windows
+    randomize(model).save_pretrained(tmp_path)
+    loaded = FlorenceVideoModel.from_pretrained(tmp_path)
+    clips = torch.randn(1, 9, 3, 45, 50, dtype=torch.float64)
+    assert_close(model(clips).last_hidden_state, loaded(clips).last_hidden_state)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_tables_along_time_by_hand():
+    """Of offsets -1, 0, 1, the line through them at the places of -2 to 2; the middle and sums of signs stay."""
+    table = torch.tensor([[0.0, 3.0], [1.0, 1.0], [2.0, -1.0]])  # (offsets, heads)
+    found = video_layers.resize_video_table(table, (2,), (3,))
+    assert_close(found, torch.tensor([[0.0, 3.0], [0.4, 2.2], [1.0, 1.0], [1.6, -0.2], [2.0, -1.0]]))
+    random = torch.randn(3 * 7 * 7, 2)
+    assert video_layers.resize_video_table(random, (2, 4, 4), (2, 4, 4)).equal(random)
+    both = video_layers.resize_video_table(random, (2, 4, 4), (3, 6, 6))
+    in_turns = video_layers.resize_video_table(random, (2, 4, 4), (2, 6, 6))
+    assert_close(both, video_layers.resize_video_table(in_turns, (2, 6, 6), (3, 6, 6)))
+    mirrored = random.unflatten(0, (3, 7, 7)).flip(0).flatten(0, 2)  # time backwards
+    backwards = video_layers.resize_video_table(mirrored, (2, 4, 4), (3, 6, 6))
+    assert_close(backwards, both.unflatten(0, (5, 11, 11)).flip(0).flatten(0, 2))
+
+
+@pytest.mark.parametrize("sizes", [{"window_size": 0}, {"temporal_window_size": [4]}, {"temporal_window_size": "4"}])
+def test_an_impossible_window_leaves_the_tower_as_it_was(sizes):
+    model = tower(video_config())
+    tensors, config = copy.deepcopy(model.state_dict()), model.config.to_dict()
+    with pytest.raises(ValueError, match="window_size"):
+        model.resize_window_size(**sizes)
+    assert_close(model.state_dict(), tensors, rtol=0, atol=0)
+    assert model.config.to_dict() == config
+
+
 def test_inflation_keeps_precision_and_refuses_another_shape():
     image = image_tower().to(torch.bfloat16)
     video = inflate_from_image(image)

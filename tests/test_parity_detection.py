@@ -208,8 +208,12 @@ def test_detections(case, model):
         found, finished, case["outputs"]["detections"], sizes.tolist(), strict=True
     ):
         assert_close(ours["scores"], theirs["scores"], rtol=0, atol=1e-5)
-        assert_close(ours["labels"], theirs["classes"])
-        assert_close(ours["boxes"], theirs["boxes"], rtol=0, atol=1e-3)
+        # Scores that differ in their last digits may change places: each of theirs is one of ours within three places.
+        near = (torch.arange(len(theirs["scores"]))[:, None] - torch.arange(len(ours["scores"]))).abs() <= 3
+        same = (ours["labels"] == theirs["classes"][:, None]) & near
+        same &= (ours["boxes"] - theirs["boxes"][:, None]).abs().amax(dim=-1) <= 1e-3
+        same &= (ours["scores"] - theirs["scores"][:, None]).abs() <= 1e-5
+        assert (same.sum(dim=0) == 1).all() and (same.sum(dim=1) == 1).all()
         # The last step of the original: cut boxes at the picture's edge, drop what lies outside.
         cut = torch.minimum(theirs["boxes"].clamp(min=0), torch.tensor([width, height] * 2))
         inside = (cut[:, 2:] > cut[:, :2]).all(dim=1)

@@ -29,10 +29,10 @@ TABLE: list[tuple[str, str | None]] = [
     (r"cross_modal_(text|image)_layers\.(\d+)\.output\.dense\.", r"model.fusion.\1_layers.\2.mlp.fc2."),
     (r"cross_modal_(text|image)_layers\.(\d+)\.", r"model.fusion.\1_layers.\2."),
     (r"itm_score\.fc\.", "itm_head."),
-    (r"mlm_score\.bias", "mlm_head.decoder.bias"),
+    (r"mlm_score\.bias", "mlm_head.vocabulary.bias"),
     (r"mlm_score\.transform\.dense\.", "mlm_head.transform."),
     (r"mlm_score\.transform\.LayerNorm\.", "mlm_head.norm."),
-    (r"mlm_score\.decoder\.", "mlm_head.decoder."),
+    (r"mlm_score\.decoder\.", "mlm_head.vocabulary."),
     (r"vqa_classifier\.", "classifier."),
 ]
 PARTS = {

@@ -55,6 +55,7 @@ PUBLIC = {
     "FlorenceForPreTraining": "(config)",
     "FlorenceForQuestionAnswering": "(config)",
     "FlorenceForVideoClassification": "(config)",
+    "FlorenceForVideoTextRetrieval": "(config)",
     "FlorenceFusionConfig": None,
     "FlorenceFusionModel": "(config)",
     "FlorenceImageProcessor": "(**kwargs)",
@@ -66,8 +67,10 @@ PUBLIC = {
     "FlorenceTextModel": "(config)",
     "FlorenceTokenizer": None,
     "FlorenceVideoConfig": None,
+    "FlorenceVideoError": None,
     "FlorenceVideoModel": "(config)",
     "FlorenceVideoProcessor": "(**kwargs)",
+    "FlorenceVideoTextConfig": None,
     "FlorenceVisionConfig": None,
     "FlorenceVisionModel": "(config, *, add_final_norm=True)",
     "FlorenceVisualQuestionAnsweringPipeline": None,  # transformers' own
@@ -106,6 +109,8 @@ FORWARD = {
     "token_type_ids=None, "
     "image_embeds=None, labels=None, **kwargs)",
     "FlorenceForVideoClassification": "(self, pixel_values_videos=None, labels=None, **kwargs)",
+    "FlorenceForVideoTextRetrieval": "(self, input_ids=None, pixel_values_videos=None, attention_mask=None, "
+    "position_ids=None, labels=None, return_loss=None, **kwargs)",
     "FlorenceVideoModel": "(self, pixel_values_videos=None, **kwargs)",
 }
 INHERITED_MEANING = {  # methods documented by transformers

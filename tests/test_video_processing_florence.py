@@ -20,22 +20,17 @@ from transformers import (
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn
 
 from tests.oracles import randomize
+from tests.tiny_videos import frames, require_av, write_video
 from transformers_florence.configuration_florence_video import FlorenceVideoConfig
 from transformers_florence.image_processing_florence import FlorenceImageProcessor
 from transformers_florence.integrity import verify_checkpoint
 from transformers_florence.modeling_florence_video import FlorenceForVideoClassification
+from transformers_florence.video_decoding import FlorenceVideoError
 from transformers_florence.video_processing_florence import FlorenceVideoProcessor, sample_frame_indices
 
 TOTALS = (1, 2, 7, 8, 31, 32, 63, 64, 65, 100, 301)
 COUNTS = (1, 2, 3, 8, 32)
 SMALL = {"size": {"shortest_edge": 24}, "crop_size": {"height": 16, "width": 16}}
-
-
-def frames(count: int = 6, height: int = 30, width: int = 40, seed: int = 0) -> np.ndarray:
-    """(count, height, width, 3), uint8, smooth enough to be resized alike everywhere, no two frames the same."""
-    rng = np.random.default_rng(seed)
-    coarse = rng.integers(0, 256, (count, height // 10, width // 10, 3), dtype=np.uint8)
-    return coarse.repeat(10, axis=1).repeat(10, axis=2)
 
 
 def processor(**settings: Any) -> FlorenceVideoProcessor:
@@ -219,11 +214,11 @@ def test_frames_that_are_not_taken_are_not_looked_at():
 @pytest.mark.parametrize(
     "videos, message",
     [
-        ("clip.mp4", "expected clips in memory .* got the path 'clip.mp4': decode it first"),
-        (Path("clip.mp4"), "got the path 'clip.mp4'"),
-        (["a.mp4", "b.mp4"], "got the path 'a.mp4'"),
-        (None, "expected clips as arrays or lists of pictures, got NoneType"),
-        ([None], "expected clips as arrays or lists of pictures, got NoneType"),
+        ("clip.mp4", "clip 0: 'clip.mp4': expected the path of a video .* no such file"),
+        (Path("clip.mp4"), "clip 0: 'clip.mp4': expected the path of a video"),
+        ([frames(2), "b.mp4"], "clip 1: 'b.mp4': expected the path of a video"),
+        (None, "expected clips as video files, arrays or lists of pictures, got NoneType"),
+        ([None], "expected clips as video files, arrays or lists of pictures, got NoneType"),
         ([], "at least one clip of at least one frame"),
         ([[]], "at least one clip of at least one frame"),
         (np.zeros((0, 8, 8, 3), np.uint8), "at least one clip of at least one frame"),
@@ -335,6 +330,28 @@ def save_classifier(folder: Path, **fields: Any) -> FlorenceForVideoClassificati
     return model
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        SMALL,
+        {
+            "size": {"height": 20, "width": 24},
+            "do_center_crop": False,
+            "image_mean": [0.1, 0.2, 0.3],
+            "matte": [1, 2, 3],
+        },
+    ],
+)
+def test_it_prepares_frames_as_an_image_processor(settings):
+    images = FlorenceImageProcessor(**settings)
+    own = FlorenceVideoProcessor.from_image_processor(images, num_frames=3, sampling="segment")
+    assert (own.num_frames, own.sampling, own.matte) == (3, "segment", images.matte)
+    taken = frames(6)[[1, 3, 5]]
+    expected = images(list(taken), return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+    assert_close(own(frames(6), return_tensors="pt")["pixel_values_videos"][0], expected)
+
+
 def test_it_is_saved_with_its_settings(tmp_path, registered):
     save_classifier(tmp_path)
     saved = json.loads((tmp_path / "video_preprocessor_config.json").read_text())
@@ -348,13 +365,80 @@ def test_it_is_saved_with_its_settings(tmp_path, registered):
     verify_checkpoint(tmp_path)
 
 
-def test_the_pipeline_classifies_arrays(tmp_path, registered):
-    pytest.importorskip(
-        "av", reason="transformers' video pipeline needs PyAV: pip install 'transformers_florence[video]'"
+@pytest.fixture
+def films(tmp_path) -> list[Path]:
+    """Three lossless video files: the frames of seeds 0 to 2."""
+    require_av()
+    return [write_video(tmp_path / f"{seed}.mp4", frames(count, seed=seed)) for seed, count in enumerate((9, 5, 2))]
+
+
+FILMED = [frames(9), frames(5, seed=1), frames(2, seed=2)]
+
+
+@pytest.mark.parametrize("sampling, stride", [("uniform", 1), ("segment", 1), ("dense", 3)])
+def test_files_are_what_their_frames_are(films, sampling, stride):
+    settings = {"sampling": sampling, "frame_stride": stride}
+    expected = pixels(FILMED, **settings)
+    assert_close(pixels(films, **settings), expected, atol=0, rtol=0)
+    assert_close(pixels([str(file) for file in films], **settings), expected, atol=0, rtol=0)
+    assert_close(pixels(films[1].read_bytes(), **settings), expected[1:2], atol=0, rtol=0)
+    mixed = pixels(
+        [films[0], FILMED[1].transpose(0, 3, 1, 2), films[2]], input_data_format="channels_first", **settings
     )
+    assert_close(mixed, expected, atol=0, rtol=0)
+
+
+def test_all_frames_of_a_file_and_frames_a_second(films):
+    assert_close(pixels(films[0], do_sample_frames=False), pixels(FILMED[0], do_sample_frames=False))
+    assert_close(pixels(films[0], fps=5), pixels(FILMED[0], num_frames=4))  # 9 frames at 10 a second
+    metadata = processor()(films, return_metadata=True)["video_metadata"]
+    assert [(about.total_num_frames, about.fps, about.height, about.width) for about in metadata] == [
+        (count, 10.0, 30, 40) for count in (9, 5, 2)
+    ]
+
+
+def test_views_of_files(films):
+    settings = {"num_clips": 2, "num_crops": 3, "sampling": "dense", "frame_stride": 2}
+    expected = processor().views(FILMED, **settings)["pixel_values_videos"]
+    assert_close(processor().views(films, **settings)["pixel_values_videos"], expected, atol=0, rtol=0)
+
+
+def test_transformers_own_way_to_fetch_videos(films):
+    """Chats call it; the rule of sampling is theirs then."""
+    fetched, metadata = processor().fetch_videos([str(file) for file in films])
+    for found, about, expected in zip(fetched, metadata, FILMED, strict=True):
+        np.testing.assert_array_equal(found, expected)
+        assert about.video_backend == "pyav"
+    found, _ = processor().fetch_videos(str(films[0]), sample_indices_fn=lambda metadata, **_: [1, 8])
+    np.testing.assert_array_equal(found, FILMED[0][[1, 8]])
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"max_pixels": 100}, "clip 0: '.*0.mp4': expected at most 100 pixels, got 40x30"),
+        ({"max_aspect_ratio": 1}, "clip 0: '.*0.mp4': expected sides of a ratio of at most 1:1"),
+        ({"decode_bytes": 1 << 10}, "clip 0: '.*0.mp4': "),
+        ({"decode_seconds": 1e-6}, "clip 0: '.*0.mp4': decoding takes more than 1e-06 seconds"),
+    ],
+)
+def test_limits_of_a_call_hold_for_files(films, settings, message):
+    with pytest.raises(FlorenceVideoError, match=message):
+        pixels(films, **settings)
+
+
+def test_impossible_settings_of_decoding():
+    with pytest.raises(ValueError, match="decode_backend: expected one of pyav, torchcodec, got 'opencv'"):
+        processor(decode_backend="opencv")
+    with pytest.raises(ValueError, match="decode_seconds: expected a positive, finite number, got -1"):
+        processor(decode_seconds=-1)
+
+
+@pytest.mark.parametrize("files", [False, True])
+def test_the_pipeline_classifies(tmp_path, registered, films, files):
     model = save_classifier(tmp_path)
-    clips = [frames(9), frames(5, seed=1), frames(2, seed=2)]
-    probabilities = model(pixels(clips, sampling="segment")).logits.softmax(dim=-1)
+    clips = [str(file) for file in films] if files else FILMED
+    probabilities = model(pixels(FILMED, sampling="segment")).logits.softmax(dim=-1)
     alone = pipeline("video-classification", model=str(tmp_path))
     FlorenceImageProcessor(**SMALL).save_pretrained(tmp_path)  # transformers batches only where it finds one
     classify = pipeline("video-classification", model=str(tmp_path))

@@ -65,14 +65,14 @@ def tiny_captioning_config(**fields) -> FlorenceCaptioningConfig:
     )
 
 
-def random_texts(count: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask`, (count, TOKENS), as of RoBERTa's tokenizer: 0 first, 2 last, 1 behind."""
+def random_texts(count: int = 3, seed: int = 0, tokens: int = TOKENS) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask`, (count, tokens), as of RoBERTa's tokenizer: 0 first, 2 last, 1 behind."""
     generator = torch.Generator().manual_seed(seed)
-    input_ids = torch.randint(5, VOCABULARY, (count, TOKENS), generator=generator)
+    input_ids = torch.randint(5, VOCABULARY, (count, tokens), generator=generator)
     attention_mask = torch.ones_like(input_ids)
     input_ids[:, 0] = 0
     for row in range(count):
-        length = TOKENS - row % 4
+        length = max(2, tokens - row % 4)
         input_ids[row, length - 1], input_ids[row, length:], attention_mask[row, length:] = 2, 1, 0
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 

@@ -3,6 +3,7 @@
 import copy
 import math
 import unittest
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -185,6 +186,41 @@ class Pairs(Pictures):
         super(Pictures, self).test_model_get_set_embeddings()
 
 
+class ClipPairs(Pairs):
+    """Two towers, of clips and of texts."""
+
+    additional_model_inputs = ["pixel_values_videos"]
+    skip_test_video_features_output_shape = True  # as for pictures; the test below does it
+
+    def towers(self, outputs) -> list[tuple]:
+        names = {"vision_model_output": outputs.video_model_output, "text_model_output": outputs.text_model_output}
+        return super().towers(SimpleNamespace(**names))
+
+    def _video_features_get_expected_num_hidden_states(self, model_tester=None):
+        return len(self.entry.hidden_shapes)
+
+    def _video_features_get_expected_num_attentions(self, model_tester=None):
+        return len(self.entry.attention_shapes)
+
+    def test_get_image_features_pooler_output(self):
+        super(Pairs, self).test_get_image_features_pooler_output()  # there are none
+
+    def test_get_video_features_pooler_output(self):
+        super().test_get_video_features_pooler_output()
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        model = self.entry.model_class(config).to(torch_device).eval()
+        outputs = model.get_video_features(inputs["pixel_values_videos"])
+        *grid, channels = self.entry.hidden_shapes[-1]
+        self.assertEqual(tuple(outputs.last_hidden_state.shape), (BATCH, math.prod(grid), channels))
+        self.assertEqual(tuple(outputs.pooler_output.shape), (BATCH, config.projection_dim))
+
+
+class Named(Pictures):
+    """A detector of classes that are given as texts, beside the pictures in the inputs."""
+
+    additional_model_inputs = ["input_ids", "attention_mask"]
+
+
 class Overfit:
     """Lets the training mixin, which makes texts only, fit the batch of the entry instead."""
 
@@ -213,7 +249,14 @@ class Fusion(Adaptation):
     additional_model_inputs = ("pixel_values",)
 
 
-KINDS: dict[str, type] = {"text": Adaptation, "pictures": Pictures, "pairs": Pairs, "fusion": Fusion}
+KINDS: dict[str, type] = {
+    "text": Adaptation,
+    "pictures": Pictures,
+    "pairs": Pairs,
+    "clip pairs": ClipPairs,
+    "named": Named,
+    "fusion": Fusion,
+}
 
 
 def build(entry: ModelEntry) -> type[unittest.TestCase]:

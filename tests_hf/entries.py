@@ -19,6 +19,8 @@ from transformers_florence import (
     FlorenceForPreTraining,
     FlorenceForQuestionAnswering,
     FlorenceForVideoClassification,
+    FlorenceForVideoTextRetrieval,
+    FlorenceForZeroShotObjectDetection,
     FlorenceFusionConfig,
     FlorenceFusionModel,
     FlorenceImageProcessor,
@@ -30,8 +32,11 @@ from transformers_florence import (
     FlorenceTokenizer,
     FlorenceVideoConfig,
     FlorenceVideoModel,
+    FlorenceVideoProcessor,
+    FlorenceVideoTextConfig,
     FlorenceVisionConfig,
     FlorenceVisionModel,
+    FlorenceZeroShotDetectionConfig,
 )
 
 SIDE = 32  # pixels
@@ -111,6 +116,12 @@ def objects(config: PreTrainedConfig) -> dict[str, list]:
     return {"labels": [{"class_labels": torch.tensor([2, number % 2]), "boxes": boxes} for number in range(BATCH)]}
 
 
+def named_objects(config: PreTrainedConfig) -> dict[str, list]:
+    """`labels`: for each picture two objects of its only class."""
+    labels = objects(config)["labels"]
+    return {"labels": [{**label, "class_labels": torch.zeros(2, dtype=torch.long)} for label in labels]}
+
+
 @dataclass(frozen=True)
 class ModelEntry:
     """A model class and what transformers' mixins must know of it.
@@ -119,7 +130,7 @@ class ModelEntry:
         model_class: the public class.
         config: a configuration of less than a million parameters.
         inputs: from a configuration, what `forward` needs, `BATCH` samples of each.
-        kind: `"text"`, `"pictures"`, `"pairs"` or `"fusion"`: which adaptations the class gets (`adaptations.KINDS`).
+        kind: a key of `adaptations.KINDS`: which adaptations the class gets.
         labels: from a configuration, what makes `forward` return a loss, if upstream's own choice by the Auto class
             is not it. A class with `labels` is trained, even a base model.
         overfit: from a configuration, a batch with labels that the training mixin must fit, if it is to try.
@@ -164,6 +175,22 @@ def still_and_noisy(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
     labels = torch.arange(BATCH) % 2
     videos = clips(config)["pixel_values_videos"] * labels.view(-1, 1, 1, 1, 1)
     return {"pixel_values_videos": videos, "labels": labels}
+
+
+def zero_shot_detection_config() -> FlorenceZeroShotDetectionConfig:
+    """The detector's towers and head, and the dual encoder's text tower; names are matched by the text head."""
+    vision = vision_config(out_features=["stage1", "stage2"])
+    fields = {"hidden_size": 32, "num_blocks": 1, "projection_dim": 16, "naming": "text_head"}
+    return FlorenceZeroShotDetectionConfig(vision_config=vision, text_config=text_config(causal=False), **fields)
+
+
+def video_text_config() -> FlorenceVideoTextConfig:
+    return FlorenceVideoTextConfig(video_config=video_config(), text_config=text_config(), projection_dim=16)
+
+
+def clip_pairs(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
+    """As many texts as clips."""
+    return {**texts(config), **clips(config)}
 
 
 def fusion_config() -> FlorenceFusionConfig:
@@ -268,7 +295,23 @@ MODELS = (
         **TOWER_SHAPES,
     ),
     # Without `overfit`: a loss of centerness has a floor, the entropy of its targets.
-    ModelEntry(FlorenceForObjectDetection, detection_config, pictures, "pictures", labels=objects, **TOWER_SHAPES),
+    ModelEntry(
+        FlorenceForObjectDetection,
+        detection_config,
+        pictures,
+        "pictures",
+        labels=objects,
+        pipelines=("object-detection",),
+        **TOWER_SHAPES,
+    ),
+    ModelEntry(
+        FlorenceForZeroShotObjectDetection,
+        zero_shot_detection_config,
+        pairs,
+        "named",
+        labels=named_objects,
+        **TOWER_SHAPES,
+    ),
     ModelEntry(FlorenceVideoModel, divided_config, clips, "pictures", **DIVIDED_SHAPES),
     ModelEntry(
         FlorenceForVideoClassification,
@@ -276,6 +319,16 @@ MODELS = (
         clips,
         "pictures",
         overfit=still_and_noisy,
+        pipelines=("video-classification",),
+        **VIDEO_SHAPES,
+    ),
+    ModelEntry(
+        FlorenceForVideoTextRetrieval,
+        video_text_config,
+        clip_pairs,
+        "clip pairs",
+        labels=meanings,
+        overfit=lambda config: {**clip_pairs(config), "labels": torch.arange(BATCH)},
         **VIDEO_SHAPES,
     ),
     ModelEntry(FlorenceFusionModel, fusion_config, questions, "fusion"),
@@ -295,6 +348,7 @@ MODELS = (
         questions,
         "fusion",
         labels=words,
+        pipelines=("image-text-to-text",),
         meaningless={
             "test_generation_tester_mixin_inheritance": "Upstream's tests of generation are not in its source "
             "distribution; tests/test_modeling_florence_captioning.py has our own.",
@@ -312,9 +366,11 @@ CONFIGS = (
     (FlorenceTextConfig, {"hidden_size": 36, "num_attention_heads": 3, "vocab_size": 99}),
     (FlorenceConfig, {"projection_dim": 24}),
     (FlorenceDetectionConfig, {"hidden_size": 64, "num_blocks": 2}),
+    (FlorenceZeroShotDetectionConfig, {"hidden_size": 64, "num_blocks": 2, "naming": "region"}),
 )
 IMAGE_PROCESSORS = {"torchvision": FlorenceImageProcessor, "pil": FlorenceImageProcessorPil}
 DETECTION_IMAGE_PROCESSORS = {"torchvision": FlorenceDetectionImageProcessor}
+VIDEO_PROCESSOR = FlorenceVideoProcessor
 PROCESSOR = FlorenceProcessor
 TOKENIZER = FlorenceTokenizer
 
@@ -322,9 +378,12 @@ __all__ = [
     "BATCH",
     "CONFIGS",
     "DETECTION_IMAGE_PROCESSORS",
+    "FRAMES",
     "IMAGE_PROCESSORS",
     "MODELS",
     "PROCESSOR",
+    "SIDE",
     "TOKENIZER",
+    "VIDEO_PROCESSOR",
     "ModelEntry",
 ]

@@ -16,16 +16,26 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 from transformers import PreTrainedModel, pipeline
+from transformers.pipelines.image_text_to_text import ImageTextToTextPipeline
 from transformers.pipelines.zero_shot_image_classification import ZeroShotImageClassificationPipeline
 
-from .entries import IMAGE_PROCESSORS, MODELS, SIDE, ModelEntry
+from .entries import (
+    DETECTION_IMAGE_PROCESSORS,
+    FRAMES,
+    IMAGE_PROCESSORS,
+    MODELS,
+    PROCESSOR,
+    SIDE,
+    VIDEO_PROCESSOR,
+    ModelEntry,
+)
 from .loader import load
 from .vocabulary import tokenizer
 
 LABELS = ["a cat", "a dog", "a house"]
 TEXTS = ["a photo of a cat", "hello there", "a dog runs over the lazy fox"]
 LOCATION = "TRANSFORMERS_TINY_MODEL_PATH"  # where the mixin looks for tiny checkpoints
-READS_TEXT = ("text", "pairs")
+READS_TEXT = ("text", "pairs", "fusion")
 
 
 def pictures() -> list[Image.Image]:
@@ -109,10 +119,87 @@ class FeatureExtraction(TaskTests):
         return pipe.model(**pipe.tokenizer(example, return_tensors="pt")).last_hidden_state.float()
 
 
+class ObjectDetection(TaskTests):
+    task = "object-detection"
+
+    def run_pipeline_test(self, pipe, examples) -> None:
+        """Every box of every picture, in pixels of the picture, best first."""
+        for picture, found in zip(examples, pipe(examples, threshold=0.0), strict=True):
+            inputs = pipe.image_processor(picture, return_tensors="pt").to(pipe.dtype)
+            with torch.no_grad():
+                outputs = pipe.model(**inputs)
+            sizes = [(picture.height, picture.width)]
+            (expected,) = pipe.image_processor.post_process_object_detection(outputs, 0.0, sizes)
+            assert len(found) == len(expected["scores"]) > 0
+            assert_close(torch.tensor([item["score"] for item in found]), expected["scores"], atol=1e-5, rtol=1e-5)
+            labels = [pipe.model.config.id2label[number] for number in expected["labels"].tolist()]
+            assert [item["label"] for item in found] == labels
+            boxes = [list(item["box"].values()) for item in found]
+            assert_close(torch.tensor(boxes), expected["boxes"].long(), atol=1, rtol=0)
+
+
+class ImageTextToText(TaskTests):
+    task = "image-text-to-text"
+    OPTIONS = {"max_new_tokens": 5, "do_sample": False}
+
+    class Captions(ImageTextToTextPipeline):
+        """The mixin calls a pipeline with examples only, one by one from a generator too."""
+
+        def __call__(self, images, batch_size=None):
+            images = list(images)
+            options = {"generate_kwargs": ImageTextToText.OPTIONS, "return_full_text": False}
+            results = super().__call__(images, text=[""] * len(images), batch_size=batch_size, **options)
+            return [each["generated_text"] for each in results]
+
+    def get_test_pipeline(self, model, tokenizer=None, image_processor=None, dtype="float32", **others):
+        model = model.to(getattr(torch, dtype))
+        processor = PROCESSOR(image_processor, tokenizer)
+        return self.Captions(model=model, processor=processor, task=self.task), self.examples()
+
+    def run_pipeline_test(self, pipe, examples) -> None:
+        for picture, found in zip(examples, pipe(examples), strict=True):
+            inputs = pipe.processor(images=picture, text="", return_tensors="pt").to(pipe.dtype)
+            ids = pipe.model.generate(**inputs, **self.OPTIONS)
+            prompt = inputs["input_ids"].shape[1] - 1  # less the end token
+            assert found == pipe.tokenizer.decode(ids[0, prompt:], skip_special_tokens=True)
+
+
+class VideoClassification(ImageClassification):
+    task = "video-classification"
+
+    def examples(self) -> list:
+        noise = np.random.default_rng(0)
+        return [noise.integers(0, 256, (frames, 40, 50, 3), dtype=np.uint8) for frames in (2, FRAMES, 9)]
+
+    def get_test_pipeline(self, model, tokenizer=None, image_processor=None, dtype="float32", **others):
+        """With what upstream's table of processors, which are for pictures, leaves out."""
+        clips = VIDEO_PROCESSOR(num_frames=FRAMES, size={"height": SIDE, "width": SIDE}, do_center_crop=False)
+        model = model.to(getattr(torch, dtype))
+        pipe = pipeline(self.task, model=model, image_processor=image_processor, video_processor=clips)
+        return pipe, self.examples()
+
+    def pixels(self, pipe, picture) -> torch.Tensor:
+        return pipe.video_processor(picture, return_tensors="pt")["pixel_values_videos"].to(pipe.dtype)
+
+
 TASKS = {
     tests.task: tests
-    for tests in (ImageClassification, ZeroShotImageClassification, ImageFeatureExtraction, FeatureExtraction)
+    for tests in (
+        ImageClassification,
+        ZeroShotImageClassification,
+        ImageFeatureExtraction,
+        FeatureExtraction,
+        ObjectDetection,
+        ImageTextToText,
+        VideoClassification,
+    )
 }
+
+
+def image_processor_class(entry: ModelEntry) -> type:
+    """The one that makes the entry's pictures."""
+    choice = DETECTION_IMAGE_PROCESSORS if "object-detection" in entry.pipelines else IMAGE_PROCESSORS
+    return choice["torchvision"]
 
 
 def tiny_model(entry: ModelEntry) -> PreTrainedModel:
@@ -142,7 +229,7 @@ def write_summary(folder: Path) -> None:
         entry.model_class.__name__: {
             "model_classes": [entry.model_class.__name__],
             "tokenizer_classes": [type(tokenizer()).__name__] if entry.kind in READS_TEXT else [],
-            "processor_classes": [] if entry.kind == "text" else [IMAGE_PROCESSORS["torchvision"].__name__],
+            "processor_classes": [] if entry.kind == "text" else [image_processor_class(entry).__name__],
         }
         for entry in MODELS
         if entry.pipelines
@@ -161,9 +248,9 @@ def write_checkpoints(folder: Path) -> None:
         if entry.kind in READS_TEXT:
             tokenizer().save_pretrained(place)
         if entry.kind != "text":
-            IMAGE_PROCESSORS["torchvision"](
-                size={"height": SIDE, "width": SIDE}, do_center_crop=False
-            ).save_pretrained(place)
+            size = {"height": SIDE, "width": SIDE}
+            crop = {} if "object-detection" in entry.pipelines else {"do_center_crop": False}
+            image_processor_class(entry)(size=size, **crop).save_pretrained(place)
 
 
 _checkpoints = tempfile.TemporaryDirectory(prefix="florence-hf-pipelines-")  # removed when the process ends

@@ -131,7 +131,7 @@ SKIPS = (
     ),
     # The architecture: image processors, processor, tokenizer, pipelines
     Skip(
-        r"test_image_processor_preprocess_arguments",
+        r"test_(image|video)_processor_preprocess_arguments",
         r"No validation found",
         "Checks two ways of validating arguments that image processors of this kind replaced by typed settings.",
     ),
@@ -158,7 +158,12 @@ SKIPS = (
         "The detector computes with torchvision, so its image processor has that backend alone.",
     ),
     Skip(r"test_prepare_seq2seq_batch", r"test_seq2seq is set to False", NO_LANGUAGE_MODEL),
-    Skip(r"test_pipeline_\w+", r"is not in `self.pipeline_model_mapping`|requires (PyTesseract|av)$", NO_SUCH_HEAD),
+    Skip(r"test_pipeline_\w+", r"is not in `self.pipeline_model_mapping`|requires PyTesseract$", NO_SUCH_HEAD),
+    Skip(
+        r"test_pipeline_video_classification\w*",
+        r"requires av$",
+        "transformers' pipeline for videos needs PyAV: pip install 'transformers_florence[video]'.",
+    ),
     Skip(r"test_pipeline_mask_generation\w*", r"currently not implemented", NO_SUCH_HEAD),
 )
 
@@ -171,6 +176,7 @@ ADAPTED = {
     "test_model_get_set_embeddings": "an image tower's input embedding is a convolution",
     "test_get_image_features_pooler_output": "the shapes of features and tokens, the last stage's width included",
     "test_training_overfit": "on the batch of the entry; upstream makes texts only",
+    "test_call_sample_frames": "a clip of fewer frames than are asked for repeats them instead of being refused",
     "test_call_numpy_4_channels": "a fourth channel is transparency and laid on the matte; four means are refused",
     "test_pil_can_run_without_torchvision": "the child process imports this package, by which the processor is found",
     "test_maximum_encoding_length_single_input": "without this tokenizer's one difference: it cuts unless told not to",

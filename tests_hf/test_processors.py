@@ -5,14 +5,16 @@ import tempfile
 import unittest
 from unittest import mock
 
+import torch
 from transformers import CLIPTokenizer, ProcessorMixin
 
-from .entries import DETECTION_IMAGE_PROCESSORS, IMAGE_PROCESSORS, PROCESSOR, TOKENIZER
+from .entries import DETECTION_IMAGE_PROCESSORS, IMAGE_PROCESSORS, PROCESSOR, TOKENIZER, VIDEO_PROCESSOR
 from .loader import load
 from .reasons import own
 from .vocabulary import tokenizer
 
 images = load("test_image_processing_common")
+videos = load("test_video_processing_common")
 
 
 class Settings(images.ImageProcessingTester):
@@ -82,6 +84,60 @@ class FlorenceImageProcessorTest(images.ImageProcessingTestMixin, unittest.TestC
 
 class FlorenceDetectionImageProcessorTest(FlorenceImageProcessorTest):
     image_processor_tester_class = DetectionSettings
+
+
+class VideoSettings:
+    """Clips, and settings that differ from the defaults. All frames are taken, one by one."""
+
+    batch_size = 5
+    num_frames = 8
+    num_channels = 3
+    min_resolution = 30
+    max_resolution = 80
+    SETTINGS = {**Settings.SETTINGS, "do_sample_frames": False, "num_frames": 8, "sampling": "segment"}
+
+    def expected_output_video_shape(self, clips) -> tuple[int, ...]:
+        """(frames, channels, height, width); a fourth channel is transparency, laid on the matte."""
+        crop = self.SETTINGS["crop_size"]
+        return self.num_frames, 3, crop["height"], crop["width"]
+
+    def prepare_video_inputs(self, equal_resolution=False, return_tensors="pil"):
+        return videos.prepare_video_inputs(
+            self.batch_size,
+            self.num_frames,
+            self.num_channels,
+            self.min_resolution,
+            self.max_resolution,
+            equal_resolution=equal_resolution,
+            return_tensors=return_tensors,
+        )
+
+
+class FlorenceVideoProcessorTest(videos.VideoProcessingTestMixin, unittest.TestCase):
+    fast_video_processing_class = VIDEO_PROCESSOR
+    test_cast_dtype = True
+    video_processor_dict = VideoSettings.SETTINGS
+
+    def setUp(self):
+        super().setUp()
+        self.video_processor_tester = VideoSettings()
+
+    def test_call_sample_frames(self):
+        """Upstream's rule first, by which a clip that is too short is an error; then ours, by which it repeats."""
+        sample = VIDEO_PROCESSOR.sample_frames
+
+        def never_repeat(processor, metadata, num_frames=None, **options):
+            if (num_frames or 0) > metadata.total_num_frames:
+                raise ValueError("too short")
+            return sample(processor, metadata, num_frames, **options)
+
+        with mock.patch.object(VIDEO_PROCESSOR, "sample_frames", never_repeat):
+            super().test_call_sample_frames()
+        processor = VIDEO_PROCESSOR(**self.video_processor_dict)
+        (clip, *_) = self.video_processor_tester.prepare_video_inputs(return_tensors="torch")
+        pixels = processor(clip, do_sample_frames=True, num_frames=16, return_tensors="pt").pixel_values_videos[0]
+        alone = processor(clip, return_tensors="pt").pixel_values_videos[0]
+        self.assertTrue(torch.equal(pixels, alone.repeat_interleave(2, dim=0)))
 
 
 class FlorenceProcessorTest(load("test_processing_common").ProcessorTesterMixin, unittest.TestCase):

@@ -5,6 +5,10 @@ from .configuration_florence_detection import FlorenceDetectionConfig as Florenc
 from .configuration_florence_fusion import FlorenceCaptioningConfig as FlorenceCaptioningConfig
 from .configuration_florence_fusion import FlorenceFusionConfig as FlorenceFusionConfig
 from .configuration_florence_video import FlorenceVideoConfig as FlorenceVideoConfig
+from .configuration_florence_video import FlorenceVideoTextConfig as FlorenceVideoTextConfig
+from .configuration_florence_zero_shot_detection import (
+    FlorenceZeroShotDetectionConfig as FlorenceZeroShotDetectionConfig,
+)
 from .image_processing_florence import FlorenceImageProcessor as FlorenceImageProcessor
 from .image_processing_florence_detection import FlorenceDetectionImageProcessor as FlorenceDetectionImageProcessor
 from .image_processing_pil_florence import FlorenceImageProcessorPil as FlorenceImageProcessorPil
@@ -29,11 +33,19 @@ from .modeling_florence_text import FlorenceTextModel as FlorenceTextModel
 from .modeling_florence_video import FlorenceForVideoClassification as FlorenceForVideoClassification
 from .modeling_florence_video import FlorenceVideoModel as FlorenceVideoModel
 from .modeling_florence_video import inflate_from_image as inflate_from_image
+from .modeling_florence_video_retrieval import FlorenceForVideoTextRetrieval as FlorenceForVideoTextRetrieval
 from .modeling_florence_vision import FlorenceBackbone as FlorenceBackbone
 from .modeling_florence_vision import FlorenceVisionModel as FlorenceVisionModel
+from .modeling_florence_zero_shot_detection import (
+    FlorenceForZeroShotObjectDetection as FlorenceForZeroShotObjectDetection,
+)
 from .pipelines import FlorenceVisualQuestionAnsweringPipeline as FlorenceVisualQuestionAnsweringPipeline
 from .processing_florence import FlorenceProcessor as FlorenceProcessor
+from .processing_florence_zero_shot_detection import (
+    FlorenceZeroShotDetectionProcessor as FlorenceZeroShotDetectionProcessor,
+)
 from .tokenization_florence import FlorenceTokenizer as FlorenceTokenizer
+from .video_decoding import FlorenceVideoError as FlorenceVideoError
 from .video_processing_florence import FlorenceVideoProcessor as FlorenceVideoProcessor
 from .video_processing_florence import sample_frame_indices as sample_frame_indices
 

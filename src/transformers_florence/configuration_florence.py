@@ -6,7 +6,7 @@ Every configuration is checked when it is built, before a single weight is alloc
 """
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedConfig
@@ -373,7 +373,7 @@ class FlorenceConfig(PreTrainedConfig):
 
     model_type = "florence"
     sub_configs_defaults = {"vision_config": FlorenceVisionConfig, "text_config": FlorenceTextConfig}
-    base_model_fsdp_plan = {}  # the towers bring their own
+    base_model_fsdp_plan: ClassVar[dict[str, str]] = {}  # the towers bring their own
     # What transformers' Trainer does not collect over an evaluation set: every token's state, and the temperature.
     keys_to_ignore_at_inference = ["logit_scale", "text_model_output", "vision_model_output"]
 

@@ -21,6 +21,8 @@ from .configuration_florence import (
 FIRST_STRIDE = 4  # of the image tower's first stage, in pixels
 EXTRA_LEVELS = 2  # P6 and P7, made of the last map
 NORM_GROUPS = 16  # of the group norms of the Dynamic Head
+# What a configuration has that is said of a checkpoint, and not of its tower's shape.
+OF_A_CHECKPOINT = ("_name_or_path", "architectures", "dtype", "id2label", "label2id", "problem_type")
 TOWER_OUTPUTS = 3  # how many stages the pyramid starts from, unless the tower's configuration says otherwise
 
 
@@ -102,8 +104,7 @@ class FlorenceDetectionConfig(PreTrainedConfig):
     @classmethod
     def from_vision_config(cls, vision_config: FlorenceVisionConfig, **overrides: Any) -> "FlorenceDetectionConfig":
         """For the image tower of a dual encoder or classifier: its shape, with detection's windows and outputs."""
-        left_out = ("_name_or_path", "architectures", "dtype", "id2label", "label2id", "problem_type")
-        fields = {name: value for name, value in vision_config.to_dict().items() if name not in left_out}
+        fields = {name: value for name, value in vision_config.to_dict().items() if name not in OF_A_CHECKPOINT}
         fields |= {"window_padding": "pad", "out_features": None, "out_indices": None}
         return cls(**{"vision_config": fields, **overrides})
 

@@ -27,6 +27,7 @@ TEXT_CONFIGS: dict[str, type[PreTrainedConfig]] = {
 }
 # These number a text's positions from behind their padding token's id.
 OFFSET_POSITIONS = (RobertaConfig, XLMRobertaConfig)
+FUSION_TYPES = ("co_attention", "merged_attention")
 ACTIVATIONS = ("gelu", "gelu_new", "quick_gelu", "relu", "silu")
 
 
@@ -83,6 +84,9 @@ class FlorenceFusionConfig(PreTrainedConfig):
         num_hidden_layers: layers of each stack (M_co in the paper; 6 in METER). With 0 the modalities meet in the
             heads only, and the text encoder must not be causal.
         num_attention_heads: attention heads of a layer.
+        fusion_type: "co_attention", two stacks that attend to each other, or "merged_attention", one stack over the
+            tokens of both, which METER compares with it.
+        num_decoder_layers: layers of the captioning decoder of `FlorenceForPreTraining`; 0 for none.
         mlp_ratio: hidden width of the feed-forward block over `hidden_size`.
         hidden_act: activation of the feed-forward block and of the language head.
         hidden_dropout: dropout on each branch of a layer in training.
@@ -109,6 +113,8 @@ class FlorenceFusionConfig(PreTrainedConfig):
     hidden_size: int = 768
     num_hidden_layers: int = 6
     num_attention_heads: int = 12
+    fusion_type: str = "co_attention"
+    num_decoder_layers: int = 0
     mlp_ratio: float | int = 4.0
     hidden_act: str = "gelu"
     hidden_dropout: float | int = 0.1
@@ -145,6 +151,8 @@ class FlorenceFusionConfig(PreTrainedConfig):
             tables = (text.vocab_size + text.max_position_embeddings) * text.hidden_size
             check_parameters("text_config", text.num_hidden_layers * layer + tables)
         check_int("the context of `text_config`", self.max_text_tokens)
+        check_choice("fusion_type", self.fusion_type, FUSION_TYPES)
+        check_int("num_decoder_layers", self.num_decoder_layers, low=0, high=1000)
         # The first token stands for the text: in a causal encoder it has seen none of it, and the fusion must tell it.
         _check_layers(self, low=1 if getattr(text, "causal", False) else 0)
 

@@ -1,11 +1,15 @@
 # Copyright 2026 The transformers_florence authors. Licensed under the Apache License, Version 2.0.
-"""Configuration of Video CoSwin: the image tower's, and what time adds to it (Florence section 2.6)."""
+"""Configurations of Video CoSwin (Florence section 2.6) and of the dual encoder of clips and texts (section 3.8)."""
 
-from typing import Any
+from typing import Any, cast
+
+from transformers import PreTrainedConfig
 
 from .configuration_florence import (
     FlorenceConfig,
+    FlorenceTextConfig,
     FlorenceVisionConfig,
+    check_base_fields,
     check_choice,
     check_float,
     check_int,
@@ -16,6 +20,7 @@ from .configuration_florence import (
 )
 
 MAX_FRAMES = 1 << 16  # of a window, a kernel or a clip
+SHARED_SPACE = ("projection_dim", "logit_scale_init_value", "max_logit_scale", "loss_reduction")  # of a dual encoder
 
 
 class FlorenceVideoConfig(FlorenceVisionConfig):
@@ -150,4 +155,59 @@ class FlorenceVideoConfig(FlorenceVisionConfig):
         return super().from_dict(config_dict, **kwargs)
 
 
-__all__ = ["FlorenceVideoConfig"]
+class FlorenceVideoTextConfig(PreTrainedConfig):
+    """The dual encoder of clips and texts: a video tower, a text tower, and the space in which both meet.
+
+    Args:
+        video_config: a `FlorenceVideoConfig`, or the fields of one as a dictionary.
+        text_config: a `FlorenceTextConfig`, or the fields of one as a dictionary.
+        projection_dim, logit_scale_init_value, max_logit_scale, loss_reduction: as in `FlorenceConfig`.
+
+    Raises:
+        ValueError: a field has an impossible value; the message names it.
+
+    Example:
+        >>> config = FlorenceVideoTextConfig.from_dual_encoder(FlorenceConfig.from_size("nano"), temporal_stride=1)
+        >>> config.video_config.temporal_stride, config.projection_dim
+        (1, 256)
+    """
+
+    model_type = "florence_video_text"
+    sub_configs_defaults = {"video_config": FlorenceVideoConfig, "text_config": FlorenceTextConfig}
+    # What transformers' Trainer does not collect over an evaluation set: every token's state, and the temperature.
+    keys_to_ignore_at_inference = ["logit_scale", "text_model_output", "video_model_output"]
+
+    video_config: dict | FlorenceVideoConfig | None = None
+    text_config: dict | FlorenceTextConfig | None = None
+    projection_dim: int = 512
+    logit_scale_init_value: float | int = 2.6592
+    max_logit_scale: float | int | None = 100.0
+    loss_reduction: str = "mean"
+
+    __eq__ = same_file
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        check_base_fields(self, kwargs)
+        self.validate_architecture()
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Raise a `ValueError` that names the first field with an impossible value."""
+        kind, value = FlorenceVideoConfig, self.video_config
+        if value is not None and not isinstance(value, dict | kind):
+            fail("video_config", f"a {kind.__name__}, a dictionary or None", value)
+        if isinstance(value, dict) and value.get("model_type", kind.model_type) != kind.model_type:
+            fail("video_config.model_type", repr(kind.model_type), value["model_type"])
+        # What a dual encoder of pictures has too is its to check. It gets a copy, whose attention it may set.
+        text = self.text_config.to_dict() if isinstance(self.text_config, FlorenceTextConfig) else self.text_config
+        FlorenceConfig(text_config=text, **{name: getattr(self, name) for name in SHARED_SPACE})
+
+    @classmethod
+    def from_dual_encoder(cls, config: FlorenceConfig, **fields: Any) -> "FlorenceVideoTextConfig":
+        """For the towers of a dual encoder of pictures: its shape; `fields` are those of the `FlorenceVideoConfig`."""
+        video = FlorenceVideoConfig.from_vision_config(cast("FlorenceVisionConfig", config.vision_config), **fields)
+        shared = {name: getattr(config, name) for name in SHARED_SPACE}
+        return cls(video_config=video, text_config=config.text_config.to_dict(), **shared)
+
+
+__all__ = ["FlorenceVideoConfig", "FlorenceVideoTextConfig"]

@@ -64,6 +64,26 @@ class Predictor(nn.Conv2d):
             )
 
 
+def sample_taps(values: torch.Tensor, offsets: torch.Tensor, mask: torch.Tensor, stride: int) -> torch.Tensor:
+    """What the taps of a modulated deformable convolution see: bilinear, zero outside of the map.
+
+    values: (batch, channels, rows, columns); offsets: (batch, 2 * taps, height, width), down before right; mask:
+    (batch, taps, height, width). Returns (batch, channels * taps, height * width), in the order of the weights.
+    """
+    batch, channels, rows, columns = values.shape
+    height, width = offsets.shape[2:]
+    reach = KERNEL_SIZE // 2
+    sides = [torch.arange(-reach, reach + 1, dtype=values.dtype, device=values.device)] * 2
+    down, right = (each.reshape(1, TAPS, 1, 1) for each in torch.meshgrid(*sides, indexing="ij"))
+    starts = [torch.arange(size, dtype=values.dtype, device=values.device) * stride for size in (height, width)]
+    moved = offsets.unflatten(1, (TAPS, 2))
+    y, x = moved[:, :, 0] + down + starts[0][:, None], moved[:, :, 1] + right + starts[1]
+    grid = torch.stack(((2 * x + 1) / columns - 1, (2 * y + 1) / rows - 1), dim=-1)  # edges of the map at -1 and 1
+    seen = F.grid_sample(values, grid.flatten(1, 2), padding_mode="zeros", align_corners=False)
+    seen = seen.view(batch, channels, TAPS, height * width) * mask.flatten(2)[:, None]
+    return seen.flatten(1, 2)
+
+
 class ModulatedDeformConv(nn.Conv2d):
     """Deformable convolution with a mask (DCN v2): offsets say where each tap looks, masks how much it counts."""
 
@@ -79,16 +99,16 @@ class ModulatedDeformConv(nn.Conv2d):
         """
         # torchvision has no kernel for bfloat16 on the CPU, and bilinear weights need more digits than it has.
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        values, offsets, mask, weight, bias = (
+            each.to(dtype) for each in (hidden_states, offsets, mask, self.weight, self.bias)
+        )
         with maybe_autocast(hidden_states.device.type, enabled=False):
-            output = deform_conv2d(
-                hidden_states.to(dtype),
-                offsets.to(dtype),
-                self.weight.to(dtype),
-                self.bias.to(dtype),
-                self.stride,
-                self.padding,
-                mask=mask.to(dtype),
-            )
+            if hidden_states.device.type == "cpu" and not torch.compiler.is_compiling():
+                # The same sums; torchvision's kernel for the CPU takes four times as long in a training step.
+                taps = sample_taps(values, offsets, mask, self.stride[0])
+                output = (weight.flatten(1) @ taps).unflatten(-1, offsets.shape[2:]) + bias[:, None, None]
+            else:
+                output = deform_conv2d(values, offsets, weight, bias, self.stride, self.padding, mask=mask)
         return output.to(hidden_states.dtype)
 
 
@@ -154,7 +174,8 @@ class ScaleAwareAttention(nn.Module):
         pooled = torch.cat([branch.mean(dim=(2, 3), keepdim=True) for branch in branches])
         # After the rectifier the hard sigmoid leaves weights between a half and one: no level is switched off.
         weights = F.hardsigmoid(F.relu(self.projection(pooled))).to(pooled.dtype)
-        first, *others = weights.chunk(len(branches))  # each (batch, 1, 1, 1)
+        # Not `chunk`, whose number of parts torch.export cannot tell for a batch of any size.
+        first, *others = weights.unflatten(0, (len(branches), -1)).unbind()  # each (batch, 1, 1, 1)
         total = branches[0] * first
         for branch, weight in zip(branches[1:], others, strict=True):
             total = total + branch * weight

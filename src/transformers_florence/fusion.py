@@ -1,11 +1,11 @@
 # Copyright 2026 The transformers_florence authors. Licensed under the Apache License, Version 2.0.
-"""METER's co-attention (Dou et al. 2022), in which Florence's images and texts meet (section 2.5)."""
+"""METER's attention between images and texts (Dou et al. 2022; Florence section 2.5), and decoding over images."""
 
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import EncoderDecoderCache
-from transformers.masking_utils import create_bidirectional_mask
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -155,6 +155,91 @@ class FusionEncoder(nn.Module):
         return text, image
 
 
+class MergedAttentionLayer(GradientCheckpointingLayer):
+    """A layer over the tokens of both modalities: self-attention and feed-forward, each before a norm."""
+
+    def __init__(self, config: FlorenceFusionConfig) -> None:
+        super().__init__()
+        dim, eps = config.hidden_size, config.layer_norm_eps
+        self.self_attention = FusionAttention(config, cross=False, causal=False, index=0)
+        self.self_attention_norm = nn.LayerNorm(dim, eps=eps)
+        self.mlp = FeedForward(config, dim=dim)
+        self.mlp_norm = nn.LayerNorm(dim, eps=eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden_states: (batch, tokens, channels) -> same shape, and the attention's weights if recorded."""
+        branch, weights = self.self_attention(hidden_states, hidden_states, mask)
+        hidden_states = self.self_attention_norm(hidden_states + self.dropout(branch))
+        hidden_states = self.mlp_norm(hidden_states + self.dropout(self.mlp(hidden_states)))
+        return hidden_states, weights
+
+
+class MergedFusionEncoder(nn.Module):
+    """One stack over the tokens of both modalities: METER's merged attention, which it weighs co-attention against."""
+
+    def __init__(self, config: FlorenceFusionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(MergedAttentionLayer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(
+        self, text: torch.Tensor, image: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `FusionEncoder`."""
+        tokens = torch.cat((text, image), dim=1)
+        mask = None
+        if attention_mask is not None:
+            seen = attention_mask.new_ones(image.shape[:2])
+            mask = create_bidirectional_mask(self.config, tokens, torch.cat((attention_mask, seen), dim=1))
+        for layer in self.layers:
+            tokens, *_ = layer(tokens, mask)
+        return tokens[:, : text.shape[1]], tokens[:, text.shape[1] :]
+
+
+class CaptionDecoder(nn.Module):
+    """Tokens and their positions through causal co-attention layers over a picture's tokens."""
+
+    def __init__(
+        self,
+        config: FlorenceFusionConfig | FlorenceCaptioningConfig,
+        *,
+        vocab_size: int,
+        max_tokens: int,
+        num_layers: int,
+    ) -> None:
+        super().__init__()
+        dim = config.hidden_size
+        self.config = config
+        self.word_embeddings = nn.Embedding(vocab_size, dim)
+        self.position_embeddings = nn.Embedding(max_tokens, dim)
+        self.norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.layers = nn.ModuleList(CoAttentionLayer(config, causal=True, index=index) for index in range(num_layers))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        image: torch.Tensor | None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+    ) -> torch.Tensor:
+        """input_ids, position_ids: (batch, tokens) -> (batch, tokens, hidden_size).
+
+        image: (batch, image_tokens, hidden_size), or None if `past_key_values` holds it; attention_mask: (batch,
+        earlier tokens and these), 0 for padding.
+        """
+        hidden_states = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
+        hidden_states = self.dropout(self.norm(hidden_states))
+        mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values)
+        for layer in self.layers:
+            hidden_states, *_ = layer(hidden_states, image, mask, None, past_key_values=past_key_values)
+        return hidden_states
+
+
 class LanguageHead(nn.Module):
     """BERT's head of token predictions: a layer with activation and norm, then the vocabulary."""
 
@@ -164,11 +249,19 @@ class LanguageHead(nn.Module):
         self.transform = nn.Linear(dim, dim)
         self.activation = ACT2FN[config.hidden_act]
         self.norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
-        self.decoder = nn.Linear(dim, vocab_size)
+        self.vocabulary = nn.Linear(dim, vocab_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(batch, tokens, channels) -> (batch, tokens, vocab_size)."""
-        return self.decoder(self.norm(self.activation(self.transform(hidden_states))))
+        return self.vocabulary(self.norm(self.activation(self.transform(hidden_states))))
 
 
-__all__ = ["CoAttentionLayer", "FusionAttention", "FusionEncoder", "LanguageHead"]
+__all__ = [
+    "CaptionDecoder",
+    "CoAttentionLayer",
+    "FusionAttention",
+    "FusionEncoder",
+    "LanguageHead",
+    "MergedAttentionLayer",
+    "MergedFusionEncoder",
+]

@@ -1,6 +1,8 @@
 # Copyright 2026 The transformers_florence authors. Licensed under the Apache License, Version 2.0.
 """Losses of vision and language (METER, as in Florence section 2.5), and the draw of false pairs, of tensors only."""
 
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 from transformers.utils.generic import maybe_autocast
@@ -11,6 +13,32 @@ IGNORED_TOKEN = -100  # cross entropy's mark of a token that is not to be predic
 def _precise(logits: torch.Tensor) -> torch.Tensor:
     """In float32 at least: the losses of half-precision logits would be as coarse as they are."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def check_labels(labels: Any, shape: tuple[int, ...], *, floating: bool, meaning: str) -> None:
+    """Refuse labels of another shape or kind: the door of the losses.
+
+    Raises:
+        ValueError: no tensor, another shape, floating where integers belong or the reverse.
+    """
+    expected = f"{meaning} of shape {shape}, {'floating' if floating else 'integers'}"
+    if not isinstance(labels, torch.Tensor):
+        raise ValueError(f"expected {expected}, got {type(labels).__name__}")
+    if tuple(labels.shape) != shape or labels.is_floating_point() != floating:
+        raise ValueError(f"expected {expected}, got {labels.dtype} of shape {tuple(labels.shape)}")
+
+
+def check_range(values: torch.Tensor, low: float, high: float, meaning: str) -> None:
+    """Refuse values out of range, looked at on the CPU only: elsewhere that would wait for the device.
+
+    Raises:
+        ValueError: a value below `low`, above `high`, or NaN.
+    """
+    if values.device.type != "cpu" or torch.compiler.is_compiling() or not values.numel():
+        return
+    least, most = (value.item() for value in values.aminmax())
+    if not low <= least <= most <= high:
+        raise ValueError(f"expected {meaning} from {low} to {high}, got {least if not least >= low else most}")
 
 
 def answer_loss(logits: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -109,6 +137,8 @@ def draw_false_partners(
 __all__ = [
     "IGNORED_TOKEN",
     "answer_loss",
+    "check_labels",
+    "check_range",
     "draw_false_partners",
     "false_pairs",
     "matching_loss",

@@ -18,12 +18,15 @@ from .modeling_florence_fusion_heads import (
 )
 from .modeling_florence_text import FlorenceTextModel
 from .modeling_florence_video import FlorenceForVideoClassification, FlorenceVideoModel
+from .modeling_florence_video_retrieval import FlorenceForVideoTextRetrieval
 from .modeling_florence_vision import FlorenceBackbone, FlorenceVisionModel
+from .modeling_florence_zero_shot_detection import FlorenceForZeroShotObjectDetection
 
 # The task under which the Hub lists each class.
 PIPELINE_TAGS: dict[type[PreTrainedModel], str] = {
     FlorenceModel: "zero-shot-image-classification",
     FlorenceForImageClassification: "image-classification",
+    FlorenceForZeroShotObjectDetection: "zero-shot-object-detection",
     FlorenceForObjectDetection: "object-detection",
     FlorenceForQuestionAnswering: "visual-question-answering",
     FlorenceForImageCaptioning: "image-text-to-text",
@@ -34,6 +37,7 @@ PIPELINE_TAGS: dict[type[PreTrainedModel], str] = {
     FlorenceVideoModel: "feature-extraction",
     FlorenceFusionModel: "feature-extraction",
     FlorenceForImageTextRetrieval: "feature-extraction",
+    FlorenceForVideoTextRetrieval: "feature-extraction",
     FlorenceForPreTraining: "feature-extraction",
 }
 

@@ -11,19 +11,22 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
-from transformers.masking_utils import create_causal_mask
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_florence import FlorenceTextConfig
-from .configuration_florence_fusion import FlorenceCaptioningConfig
-from .fusion import CoAttentionLayer, LanguageHead
+from .configuration_florence_fusion import FlorenceCaptioningConfig, FlorenceFusionConfig
+from .fusion import CaptionDecoder, CoAttentionLayer, LanguageHead
 from .losses_fusion import IGNORED_TOKEN, token_loss
 from .modeling_florence_fusion import SharedVisionPreTrainedModel, load_tower
 from .modeling_florence_text import check_input_ids
 from .modeling_florence_vision import FlorenceVisionModel
+
+# What a decoder has in common with the fusion that it was pretrained with.
+DECODER_FIELDS = """hidden_size num_attention_heads mlp_ratio hidden_act hidden_dropout attention_dropout
+    layer_norm_eps initializer_range"""
 
 
 @dataclass
@@ -84,41 +87,6 @@ def open_prompts(
     return input_ids.gather(1, order).masked_fill(~kept, pad_token_id), kept.long()
 
 
-class CaptionDecoder(nn.Module):
-    """Tokens and their positions through causal co-attention layers over a picture's tokens."""
-
-    def __init__(self, config: FlorenceCaptioningConfig) -> None:
-        super().__init__()
-        dim = config.hidden_size
-        self.config = config
-        self.word_embeddings = nn.Embedding(config.vocab_size, dim)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, dim)
-        self.norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout)
-        layers = range(config.num_hidden_layers)
-        self.layers = nn.ModuleList(CoAttentionLayer(config, causal=True, index=index) for index in layers)
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        image: torch.Tensor | None,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
-    ) -> torch.Tensor:
-        """input_ids, position_ids: (batch, tokens) -> (batch, tokens, hidden_size).
-
-        image: (batch, image_tokens, hidden_size), or None if `past_key_values` holds it; attention_mask: (batch,
-        earlier tokens and these), 0 for padding.
-        """
-        hidden_states = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
-        hidden_states = self.dropout(self.norm(hidden_states))
-        mask = create_causal_mask(self.config, hidden_states, attention_mask, past_key_values)
-        for layer in self.layers:
-            hidden_states, *_ = layer(hidden_states, image, mask, None, past_key_values=past_key_values)
-        return hidden_states
-
-
 class FlorenceCaptioningPreTrainedModel(SharedVisionPreTrainedModel):
     """Loading, saving and initialisation of captioning models."""
 
@@ -141,14 +109,19 @@ class FlorenceForImageCaptioning(FlorenceCaptioningPreTrainedModel, GenerationMi
         2
     """
 
-    _tied_weights_keys = {"lm_head.decoder.weight": "decoder.word_embeddings.weight"}
+    _tied_weights_keys = {"lm_head.vocabulary.weight": "decoder.word_embeddings.weight"}
 
     def __init__(self, config: FlorenceCaptioningConfig) -> None:
         config.validate_architecture()  # fields that were set after the configuration was built
         super().__init__(config)
         self.vision_model = FlorenceVisionModel._from_config(config.vision_config)
         self.image_transform = nn.Linear(config.vision_config.hidden_size, config.hidden_size)
-        self.decoder = CaptionDecoder(config)
+        self.decoder = CaptionDecoder(
+            config,
+            vocab_size=config.vocab_size,
+            max_tokens=config.max_position_embeddings,
+            num_layers=config.num_hidden_layers,
+        )
         self.lm_head = LanguageHead(config, vocab_size=config.vocab_size)
         self.post_init()
         # A tower alone passes over the rest of a dual encoder's checkpoint; the whole has collected that and must not.
@@ -178,6 +151,47 @@ class FlorenceForImageCaptioning(FlorenceCaptioningPreTrainedModel, GenerationMi
             model.freeze_vision()
         return model.eval()
 
+    @classmethod
+    def from_pretraining(
+        cls, folder: str | os.PathLike, *, freeze_vision: bool = False, **fields: Any
+    ) -> "FlorenceForImageCaptioning":
+        """The image tower and the decoder that `FlorenceForPreTraining` has trained.
+
+        Args:
+            folder: where it was saved, or its name on the Hub.
+            freeze_vision: see the method of that name.
+            fields: of the `FlorenceCaptioningConfig`, such as the special tokens where the text encoder's
+                configuration names none (BERT's).
+
+        Returns:
+            The model in float32, in evaluation mode.
+
+        Raises:
+            ValueError: pretrained without a decoder, or with special tokens that nobody names.
+        """
+        fusion = FlorenceFusionConfig.from_pretrained(folder)
+        text = fusion.text_config
+        if not fusion.num_decoder_layers:
+            raise ValueError(f"expected a checkpoint with a decoder, got num_decoder_layers=0 in {folder}")
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        tokens = {name: fields.pop(name, getattr(text, name)) for name in names}
+        if None in tokens.values():
+            raise ValueError(f"expected the ids of the special tokens, got {tokens}")
+        config = FlorenceCaptioningConfig(
+            vision_config=fusion.vision_config.to_dict(),
+            vocab_size=text.vocab_size,
+            num_hidden_layers=fusion.num_decoder_layers,
+            max_position_embeddings=fusion.max_text_tokens,
+            tie_word_embeddings=False,
+            **{name: getattr(fusion, name) for name in DECODER_FIELDS.split()},
+            **tokens,
+            **fields,
+        )
+        model = load_tower(cls, folder, config=config, key_mapping={r"^model\.vision_model\.": "vision_model."})
+        if freeze_vision:
+            model.freeze_vision()
+        return model.eval()
+
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.word_embeddings
 
@@ -185,10 +199,10 @@ class FlorenceForImageCaptioning(FlorenceCaptioningPreTrainedModel, GenerationMi
         self.decoder.word_embeddings = value
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head.decoder
+        return self.lm_head.vocabulary
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
-        self.lm_head.decoder = value
+        self.lm_head.vocabulary = value
 
     def _positions(
         self,

@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from torchvision.ops import FeaturePyramidNetwork, box_convert
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_outputs import BackboneOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple, maybe_autocast
@@ -27,6 +28,7 @@ from .modeling_florence_vision import FlorenceBackbone
 
 # Of every class at every location before training, so that background does not drown the rest.
 PRIOR_PROBABILITY = 0.01
+PRIOR_LOGIT = -math.log(1 / PRIOR_PROBABILITY - 1)
 TORCH_GAIN = math.sqrt(5)  # with it, the Kaiming rule gives torch's own default: uniform in 1 / sqrt(fan in)
 
 
@@ -53,6 +55,24 @@ class FlorenceObjectDetectionOutput(ModelOutput):
     centerness_logits: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class AnchorPredictions(NamedTuple):
+    """What a detector says at every anchor, before there is a loss.
+
+    classes: (batch, anchors, channels) of the class predictor; boxes: (batch, anchors, 4), corners in pixels;
+    centerness_logits: (batch, anchors); all in float32 at least. anchors: (anchors, 4) in pixels; grids: height and
+    width of each level; scale: (batch, 1, 4), width, height, width and height of each picture without its padding;
+    backbone: what the image tower returned.
+    """
+
+    classes: torch.Tensor
+    boxes: torch.Tensor
+    centerness_logits: torch.Tensor
+    anchors: torch.Tensor
+    grids: list[tuple[int, int]]
+    scale: torch.Tensor
+    backbone: BackboneOutput
 
 
 def fuse_centerness(class_logits: torch.Tensor, centerness_logits: torch.Tensor) -> torch.Tensor:
@@ -130,6 +150,19 @@ def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
     return values / torch.distributed.get_world_size()
 
 
+class LevelScales(nn.Module):
+    """A learnt factor for each level. Not a `ParameterList`: what lies on disk or is sharded comes back for calls."""
+
+    def __init__(self, levels: int) -> None:
+        super().__init__()
+        for level in range(levels):
+            self.register_parameter(str(level), nn.Parameter(torch.ones(1)))
+
+    def forward(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """maps: the levels, finest first -> same shapes."""
+        return [hidden_states * scale for hidden_states, scale in zip(maps, self.parameters(), strict=True)]
+
+
 class FlorenceDetectionPreTrainedModel(ManifestMixin, PreTrainedModel):
     """Loading, saving and initialisation of detectors."""
 
@@ -149,7 +182,7 @@ class FlorenceDetectionPreTrainedModel(ManifestMixin, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if getattr(module, "weight", None) is None and not isinstance(module, nn.ParameterList):
+        if getattr(module, "weight", None) is None and not isinstance(module, LevelScales):
             return  # nothing of its own, or quantised
         if isinstance(module, Predictor):
             init.normal_(module.weight, std=module.std)
@@ -158,8 +191,8 @@ class FlorenceDetectionPreTrainedModel(ManifestMixin, PreTrainedModel):
             init.kaiming_uniform_(module.weight, a=TORCH_GAIN)
         elif isinstance(module, nn.Conv2d):  # of the pyramid: uniform in sqrt(3 / fan in), as torchvision's
             init.kaiming_uniform_(module.weight, a=1)
-        elif isinstance(module, nn.ParameterList):
-            for scale in module:
+        elif isinstance(module, LevelScales):
+            for scale in module.parameters():
                 init.ones_(scale)
 
 
@@ -184,13 +217,17 @@ class FlorenceForObjectDetection(FlorenceDetectionPreTrainedModel):
             self.backbone.channels, channels, extra_blocks=LastLevelP6P7(channels, channels)
         )
         self.dynamic_head = DynamicHead(config)
-        self.class_predictor = Predictor(channels, config.num_labels, bias_value=-math.log(1 / PRIOR_PROBABILITY - 1))
+        self.class_predictor = self.make_class_predictor(config)
         self.box_predictor = Predictor(channels, 4)
         self.centerness_predictor = Predictor(channels, 1)
-        self.box_scales = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in config.strides)  # one a level
+        self.box_scales = LevelScales(len(config.strides))
         self.post_init()
         # The tower alone passes over the rest of a dual encoder's checkpoint; a detector's must fit entirely.
         self._keys_to_ignore_on_load_unexpected: set[str] = set()
+
+    def make_class_predictor(self, config: FlorenceDetectionConfig) -> Predictor:
+        """What becomes `AnchorPredictions.classes`: here the logits of the classes."""
+        return Predictor(config.hidden_size, config.num_labels, bias_value=PRIOR_LOGIT)
 
     @classmethod
     def from_pretrained_backbone(cls, folder: str | os.PathLike, **fields: Any) -> "FlorenceForObjectDetection":
@@ -246,20 +283,17 @@ class FlorenceForObjectDetection(FlorenceDetectionPreTrainedModel):
         return self
 
     def predict(self, maps: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Class logits (batch, anchors, num_labels), deltas (batch, anchors, 4), centerness logits (batch, anchors).
+        """Classes (batch, anchors, channels), deltas (batch, anchors, 4), centerness logits (batch, anchors).
 
         maps: the levels, finest first, each (batch, hidden_size, height, width).
         """
         levels = []
-        for hidden_states, scale in zip(maps, self.box_scales, strict=True):
-            predictions = (
-                self.class_predictor(hidden_states),
-                self.box_predictor(hidden_states) * scale,
-                self.centerness_predictor(hidden_states),
-            )
+        boxes = self.box_scales([self.box_predictor(hidden_states) for hidden_states in maps])
+        for hidden_states, deltas in zip(maps, boxes, strict=True):
+            predictions = (self.class_predictor(hidden_states), deltas, self.centerness_predictor(hidden_states))
             levels.append([each.flatten(2).transpose(1, 2) for each in predictions])  # (batch, locations, channels)
-        classes, deltas, centerness = (torch.cat(each, dim=1) for each in zip(*levels, strict=True))
-        return classes, deltas, centerness.squeeze(-1)
+        classes, scaled, centerness = (torch.cat(each, dim=1) for each in zip(*levels, strict=True))
+        return classes, scaled, centerness.squeeze(-1)
 
     @can_return_tuple
     def forward(
@@ -284,6 +318,13 @@ class FlorenceForObjectDetection(FlorenceDetectionPreTrainedModel):
         Raises:
             ValueError: pixels that the tower refuses; a mask or labels that do not fit.
         """
+        found = self.predict_anchors(pixel_values, pixel_mask, **kwargs)
+        return self.make_output(found, found.classes, labels, self.config.num_labels)
+
+    def predict_anchors(
+        self, pixel_values: torch.Tensor | None, pixel_mask: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
+    ) -> AnchorPredictions:
+        """From pixels to what is said at every anchor; see `forward` for arguments and errors."""
         for name in ("output_hidden_states", "output_attentions"):
             if getattr(self.config, name, False):
                 kwargs.setdefault(name, True)
@@ -293,28 +334,44 @@ class FlorenceForObjectDetection(FlorenceDetectionPreTrainedModel):
         names = [str(level) for level in range(len(outputs.feature_maps))]
         maps = self.pyramid(dict(zip(names, outputs.feature_maps, strict=True)))
         maps = self.dynamic_head(tuple(maps.values()))
-        class_logits, deltas, centerness_logits = self.predict(maps)
+        classes, deltas, centerness_logits = self.predict(maps)
         grids = [tuple(hidden_states.shape[2:]) for hidden_states in maps]
         anchors = grid_anchors(grids, self.config.strides, deltas.dtype, deltas.device)
         scale = sizes.to(deltas.dtype).repeat(1, 2)[:, None]  # (batch, 1, 4): width, height, width, height
-        loss = loss_dict = None
         with maybe_autocast(deltas.device.type, enabled=False):
             boxes = decode_boxes(deltas, anchors)
+        return AnchorPredictions(classes, boxes, centerness_logits, anchors, grids, scale, outputs)
+
+    def make_output(
+        self,
+        found: AnchorPredictions,
+        class_logits: torch.Tensor,
+        labels: list[dict[str, torch.Tensor]] | None,
+        num_labels: int,
+    ) -> FlorenceObjectDetectionOutput:
+        """Scores and boxes of every anchor, and the losses if there are labels.
+
+        class_logits: (batch, anchors, num_labels), made of `found.classes`.
+        """
+        loss = loss_dict = None
+        with maybe_autocast(class_logits.device.type, enabled=False):
             if labels is not None:
-                check_detection_labels(labels, len(class_logits), self.config.num_labels)
-                loss_dict = self.losses(class_logits, boxes, centerness_logits, labels, anchors, grids, scale)
+                check_detection_labels(labels, len(class_logits), num_labels)
+                loss_dict = self.losses(
+                    class_logits, found.boxes, found.centerness_logits, labels, found.anchors, found.grids, found.scale
+                )
                 loss = torch.stack(list(loss_dict.values())).sum()
-            logits = fuse_centerness(class_logits, centerness_logits)
-            pred_boxes = box_convert(boxes / scale, "xyxy", "cxcywh")
+            logits = fuse_centerness(class_logits, found.centerness_logits)
+            pred_boxes = box_convert(found.boxes / found.scale, "xyxy", "cxcywh")
         return FlorenceObjectDetectionOutput(
             loss=loss,
             loss_dict=loss_dict,
             logits=logits,
             pred_boxes=pred_boxes,
             class_logits=class_logits,
-            centerness_logits=centerness_logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            centerness_logits=found.centerness_logits,
+            hidden_states=found.backbone.hidden_states,
+            attentions=found.backbone.attentions,
         )
 
     def losses(

@@ -15,8 +15,9 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_florence import FlorenceConfig, FlorenceTextConfig
 from .configuration_florence_fusion import TEXT_CONFIGS, FlorenceCaptioningConfig, FlorenceFusionConfig
-from .fusion import CoAttentionLayer, FusionEncoder
+from .fusion import CoAttentionLayer, FusionEncoder, MergedAttentionLayer, MergedFusionEncoder
 from .integrity import ManifestMixin
+from .losses_fusion import check_labels, check_range
 from .modeling_florence_text import FlorenceTextModel, check_input_ids
 from .modeling_florence_vision import FlorenceVisionModel
 
@@ -37,6 +38,8 @@ class FlorenceFusionOutput(ModelOutput):
         hidden_states: of the text's stack, from its input on, if asked for.
         attentions: of the text to itself, (batch, heads, tokens, tokens) for each layer, if asked for and eager.
         cross_attentions: of the text to the picture, (batch, heads, tokens, image_tokens) for each layer.
+            Merged attention has one stack over the texts' tokens and then the pictures': `hidden_states` and
+            `attentions` are those, and there are no `cross_attentions`.
     """
 
     text_features: torch.Tensor | None = None
@@ -107,7 +110,7 @@ class SharedVisionPreTrainedModel(ManifestMixin, PreTrainedModel):
     _supports_attention_backend = True
     _supports_flash_attn = False  # the image tower adds a learnt bias to every attention
     _supports_flex_attn = False
-    _no_split_modules = ["CoAttentionLayer"]
+    _no_split_modules = ["CoAttentionLayer", "MergedAttentionLayer"]
 
     def encode_images(
         self, pixel_values: torch.Tensor | None = None, image_embeds: torch.Tensor | None = None
@@ -153,8 +156,14 @@ class FlorenceFusionPreTrainedModel(SharedVisionPreTrainedModel):
 
     config: FlorenceFusionConfig
     _can_record_outputs = {
-        "hidden_states": OutputRecorder(CoAttentionLayer, index=0, layer_name="text_layers"),
-        "attentions": OutputRecorder(CoAttentionLayer, index=1, layer_name="text_layers"),
+        "hidden_states": [
+            OutputRecorder(CoAttentionLayer, index=0, layer_name="text_layers"),
+            OutputRecorder(MergedAttentionLayer, index=0),
+        ],
+        "attentions": [
+            OutputRecorder(CoAttentionLayer, index=1, layer_name="text_layers"),
+            OutputRecorder(MergedAttentionLayer, index=1),
+        ],
         "cross_attentions": OutputRecorder(CoAttentionLayer, index=2, layer_name="text_layers"),
     }
 
@@ -208,8 +217,8 @@ class FlorenceFusionPreTrainedModel(SharedVisionPreTrainedModel):
 class FlorenceFusionModel(FlorenceFusionPreTrainedModel):
     """Image tower, text encoder and co-attention without a head.
 
-    Texts may be as many as pictures, or one of either for all of the other. Image tokens can be computed once, with
-    `encode_images`, and passed as `image_embeds` with every question about the picture.
+    Texts may be as many as pictures, or one of either for all of the other, or `image_rows` says which picture each is
+    about. Image tokens can be computed once, with `encode_images`, and passed as `image_embeds` with every question.
     """
 
     def __init__(self, config: FlorenceFusionConfig) -> None:
@@ -223,7 +232,8 @@ class FlorenceFusionModel(FlorenceFusionPreTrainedModel):
         self.text_transform = nn.Linear(text_config.hidden_size, dim)
         self.image_transform = nn.Linear(config.vision_config.hidden_size, dim)
         self.token_type_embeddings = nn.Embedding(2, dim)  # of texts, of pictures
-        self.fusion = FusionEncoder(config)
+        merged = config.fusion_type == "merged_attention"
+        self.fusion = MergedFusionEncoder(config) if merged else FusionEncoder(config)
         self.text_pooler = nn.Linear(dim, dim)
         self.image_pooler = nn.Linear(dim, dim)
         self.post_init()
@@ -265,7 +275,8 @@ class FlorenceFusionModel(FlorenceFusionPreTrainedModel):
             raise ValueError(
                 f"expected as many texts as pictures, or one of either, got {text.shape[0]} and {image.shape[0]}"
             )
-        types = self.token_type_embeddings.weight
+        # Called, not read: accelerate's hooks bring weights that lie on disk for calls alone.
+        types = self.token_type_embeddings(torch.arange(2, device=text.device))
         text = self.text_transform(text) + types[0]
         image = self.image_transform(image) + types[1]
         if text.shape[0] != image.shape[0]:
@@ -287,6 +298,7 @@ class FlorenceFusionModel(FlorenceFusionPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         image_embeds: torch.Tensor | None = None,
+        image_rows: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> FlorenceFusionOutput:
         """
@@ -296,15 +308,21 @@ class FlorenceFusionModel(FlorenceFusionPreTrainedModel):
             attention_mask: (texts, tokens), 1 for tokens and 0 for padding; without it every token counts.
             token_type_ids: (texts, tokens), for text encoders that know several kinds of tokens.
             image_embeds: (pictures, image_tokens, channels) of `encode_images`, in place of `pixel_values`.
+            image_rows: (texts,), integers: which picture each text is about, if not one by one. Each picture goes
+                through its tower once, however many texts there are about it.
 
         Returns:
             A `FlorenceFusionOutput`.
 
         Raises:
-            ValueError: see `encode_images`, `encode_texts` and `fuse`.
+            ValueError: see `encode_images`, `encode_texts` and `fuse`; or image rows of another shape or out of range.
         """
         image = self.encode_images(pixel_values, image_embeds)
         text = self.encode_texts(input_ids, attention_mask, token_type_ids)
+        if image_rows is not None:
+            check_labels(image_rows, (len(text),), floating=False, meaning="image_rows")
+            check_range(image_rows, 0, len(image) - 1, "image_rows")
+            image = image[image_rows]
         return self.fuse(text, image, attention_mask)
 
 

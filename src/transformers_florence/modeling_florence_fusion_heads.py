@@ -2,7 +2,6 @@
 """What Florence does with language (sections 2.5 and 3.7): answers, matches of text and picture, their pretraining."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -11,10 +10,12 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_florence_fusion import FlorenceFusionConfig
-from .fusion import LanguageHead
+from .fusion import CaptionDecoder, LanguageHead
 from .losses_fusion import (
     IGNORED_TOKEN,
     answer_loss,
+    check_labels,
+    check_range,
     draw_false_partners,
     false_pairs,
     matching_loss,
@@ -27,7 +28,7 @@ MATCH = 1  # the second of the two matching logits
 # For `training.parameter_groups`: the paper lets neither the text embeddings nor the modalities' own decay.
 NO_DECAY = ("text_model.embeddings.", "token_type_embeddings.")
 FUSION_PARTS = ("fusion.", "text_transform.", "image_transform.", "text_pooler.", "image_pooler.")
-HEADS = ("classifier.", "itm_head.", "mlm_head.")
+HEADS = ("classifier.", "itm_head.", "mlm_head.", "decoder.", "lm_head.")
 
 
 def fusion_learning_rates(
@@ -64,8 +65,9 @@ class FlorenceForPreTrainingOutput(ModelOutput):
     """What `FlorenceForPreTraining` returns.
 
     Args:
-        loss: scalar, if `labels` were given: `itm_loss + mlm_loss`.
+        loss: scalar, if `labels` were given: the sum of the others.
         itm_loss, mlm_loss: scalars.
+        caption_loss: scalar, if there is a decoder.
         itm_logits: (batch, 2) of the pairs given; with a loss (3 * batch, 2), behind them the false ones.
         itm_labels: (3 * batch,) with a loss: 1 for the pairs given, 0 for false ones, `IGNORED_TOKEN` where none was
             to be had.
@@ -76,38 +78,13 @@ class FlorenceForPreTrainingOutput(ModelOutput):
     loss: torch.Tensor | None = None
     itm_loss: torch.Tensor | None = None
     mlm_loss: torch.Tensor | None = None
+    caption_loss: torch.Tensor | None = None
     itm_logits: torch.Tensor | None = None
     itm_labels: torch.Tensor | None = None
     mlm_logits: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     cross_attentions: tuple[torch.Tensor, ...] | None = None
-
-
-def check_labels(labels: Any, shape: tuple[int, ...], *, floating: bool, meaning: str) -> None:
-    """Refuse labels of another shape or kind: the door of the losses.
-
-    Raises:
-        ValueError: no tensor, another shape, floating where integers belong or the reverse.
-    """
-    expected = f"{meaning} of shape {shape}, {'floating' if floating else 'integers'}"
-    if not isinstance(labels, torch.Tensor):
-        raise ValueError(f"expected {expected}, got {type(labels).__name__}")
-    if tuple(labels.shape) != shape or labels.is_floating_point() != floating:
-        raise ValueError(f"expected {expected}, got {labels.dtype} of shape {tuple(labels.shape)}")
-
-
-def check_range(values: torch.Tensor, low: float, high: float, meaning: str) -> None:
-    """Refuse values out of range, looked at on the CPU only: elsewhere that would wait for the device.
-
-    Raises:
-        ValueError: a value below `low`, above `high`, or NaN.
-    """
-    if values.device.type != "cpu" or torch.compiler.is_compiling() or not values.numel():
-        return
-    least, most = (value.item() for value in values.aminmax())
-    if not low <= least <= most <= high:
-        raise ValueError(f"expected {meaning} from {low} to {high}, got {least if not least >= low else most}")
 
 
 class FlorenceForQuestionAnswering(FlorenceFusionPreTrainedModel):
@@ -120,7 +97,7 @@ class FlorenceForQuestionAnswering(FlorenceFusionPreTrainedModel):
         torch.Size([2, 2])
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"^(itm|mlm)_head\."]
+    _keys_to_ignore_on_load_unexpected = [r"^(itm|mlm|lm)_head\.", r"^decoder\.", r"^image_transform\."]
 
     def __init__(self, config: FlorenceFusionConfig) -> None:
         super().__init__(config)
@@ -142,6 +119,7 @@ class FlorenceForQuestionAnswering(FlorenceFusionPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         image_embeds: torch.Tensor | None = None,
+        image_rows: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> FlorenceFusionHeadOutput:
@@ -157,9 +135,8 @@ class FlorenceForQuestionAnswering(FlorenceFusionPreTrainedModel):
         Raises:
             ValueError: input that `FlorenceFusionModel` refuses, or labels of another shape or out of range.
         """
-        outputs = self.model(
-            input_ids, pixel_values, attention_mask, token_type_ids, image_embeds, return_dict=True, **kwargs
-        )
+        inputs = (input_ids, pixel_values, attention_mask, token_type_ids, image_embeds, image_rows)
+        outputs = self.model(*inputs, return_dict=True, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss = None
         if labels is not None:
@@ -178,7 +155,7 @@ class FlorenceForQuestionAnswering(FlorenceFusionPreTrainedModel):
 class FlorenceForImageTextRetrieval(FlorenceFusionPreTrainedModel):
     """Whether a text goes with a picture: re-ranks what a dual encoder finds."""
 
-    _keys_to_ignore_on_load_unexpected = [r"^mlm_head\.", r"^classifier\."]
+    _keys_to_ignore_on_load_unexpected = [r"^(mlm|lm)_head\.", r"^(classifier|decoder|image_transform)\."]
 
     def __init__(self, config: FlorenceFusionConfig) -> None:
         super().__init__(config)
@@ -226,6 +203,35 @@ class FlorenceForImageTextRetrieval(FlorenceFusionPreTrainedModel):
         )
 
     @torch.no_grad()
+    def score_pairs(
+        self,
+        image_embeds: torch.Tensor,
+        text_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        image_rows: torch.Tensor,
+        text_rows: torch.Tensor,
+        batch_size: int = 64,
+    ) -> torch.Tensor:
+        """How well pictures and texts go together, of which the towers' states are at hand.
+
+        Args:
+            image_embeds: (pictures, image_tokens, channels) of `encode_images`.
+            text_embeds: (texts, tokens, channels) of `model.encode_texts`; attention_mask: (texts, tokens).
+            image_rows, text_rows: (pairs,), integers.
+            batch_size: pairs at a time.
+
+        Returns:
+            (pairs,), float32: log odds of a match.
+        """
+        scores = []
+        for pictures, texts in zip(image_rows.split(batch_size), text_rows.split(batch_size), strict=True):
+            mask = None if attention_mask is None else attention_mask[texts]
+            pooled = self.model.fuse(text_embeds[texts], image_embeds[pictures], mask).pooler_output
+            logits = self.itm_head(pooled).float()
+            scores.append(logits[:, MATCH] - logits[:, 1 - MATCH])
+        return torch.cat(scores)
+
+    @torch.no_grad()
     def score_shortlists(
         self,
         image_embeds: torch.Tensor,
@@ -257,18 +263,16 @@ class FlorenceForImageTextRetrieval(FlorenceFusionPreTrainedModel):
             raise ValueError(f"expected shortlists of shape ({len(image)}, k), got {got}")
         check_range(shortlists, 0, len(text) - 1, "numbers of texts")
         rows = torch.arange(len(image), device=image.device).repeat_interleave(shortlists.shape[1])
-        scores = []
-        for pictures, texts in zip(rows.split(batch_size), shortlists.flatten().split(batch_size), strict=True):
-            mask = None if attention_mask is None else attention_mask[texts]
-            logits = self.itm_head(self.model.fuse(text[texts], image[pictures], mask).pooler_output).float()
-            scores.append(logits[:, MATCH] - logits[:, 1 - MATCH])
-        return torch.cat(scores).view(shortlists.shape)
+        return self.score_pairs(image, text, attention_mask, rows, shortlists.flatten(), batch_size).view(
+            shortlists.shape
+        )
 
 
 class FlorenceForPreTraining(FlorenceFusionPreTrainedModel):
     """Image-text matching and masked language modelling at once: METER's pretraining, with false pairs of the batch.
 
-    Each text gets a false picture and each picture a false text (ALBEF), drawn by `draw_false_partners`.
+    Each text gets a false picture and each picture a false text (ALBEF), drawn by `draw_false_partners`. With
+    `config.num_decoder_layers`, a decoder learns to write the texts as well, for `FlorenceForImageCaptioning`.
     """
 
     _keys_to_ignore_on_load_unexpected = [r"^classifier\."]
@@ -277,14 +281,33 @@ class FlorenceForPreTraining(FlorenceFusionPreTrainedModel):
         super().__init__(config)
         self.model = FlorenceFusionModel(config)
         self.itm_head = nn.Linear(2 * config.hidden_size, 2)
-        self.mlm_head = LanguageHead(config, vocab_size=config.text_config.vocab_size)
+        vocab_size = config.text_config.vocab_size
+        self.mlm_head = LanguageHead(config, vocab_size=vocab_size)
+        if config.num_decoder_layers:
+            self.image_transform = nn.Linear(config.vision_config.hidden_size, config.hidden_size)
+            self.decoder = CaptionDecoder(
+                config,
+                vocab_size=vocab_size,
+                max_tokens=config.max_text_tokens,
+                num_layers=config.num_decoder_layers,
+            )
+            self.lm_head = LanguageHead(config, vocab_size=vocab_size)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.mlm_head.decoder
+        return self.mlm_head.vocabulary
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
-        self.mlm_head.decoder = value
+        self.mlm_head.vocabulary = value
+
+    def write(
+        self, input_ids: torch.Tensor, image: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The captioning loss of whole texts, (batch, tokens), about pictures, (batch, image_tokens, channels)."""
+        kept = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).long()
+        positions = (kept.cumsum(dim=1) - 1).clamp(min=0)
+        states = self.decoder(input_ids, positions, self.image_transform(image), attention_mask)
+        return token_loss(self.lm_head(states[:, :-1]), input_ids.masked_fill(kept == 0, IGNORED_TOKEN)[:, 1:])
 
     @can_return_tuple
     def forward(
@@ -356,10 +379,12 @@ class FlorenceForPreTraining(FlorenceFusionPreTrainedModel):
         itm_labels = torch.cat((torch.ones_like(order), torch.zeros_like(texts[batch:])))
         counted = torch.cat((torch.ones_like(found), found, found))
         itm_loss = matching_loss(itm_logits, itm_labels, counted)
+        caption_loss = self.write(whole_ids, image, attention_mask) if self.config.num_decoder_layers else None
         return FlorenceForPreTrainingOutput(
-            loss=itm_loss + mlm_loss,
+            loss=itm_loss + mlm_loss + (0 if caption_loss is None else caption_loss),
             itm_loss=itm_loss,
             mlm_loss=mlm_loss,
+            caption_loss=caption_loss,
             itm_logits=itm_logits,
             itm_labels=torch.where(counted, itm_labels, IGNORED_TOKEN),
             mlm_logits=mlm_logits,
@@ -373,7 +398,5 @@ __all__ = [
     "FlorenceForPreTrainingOutput",
     "FlorenceForQuestionAnswering",
     "FlorenceFusionHeadOutput",
-    "check_labels",
-    "check_range",
     "fusion_learning_rates",
 ]

@@ -19,7 +19,7 @@ from .configuration_florence import FlorenceVisionConfig
 from .configuration_florence_video import FlorenceVideoConfig
 from .modeling_florence import check_class_labels
 from .modeling_florence_vision import FlorenceVisionModel, FlorenceVisionPreTrainedModel
-from .video_layers import TubeEmbed, VideoCoSwinEncoder, ZeroLinear
+from .video_layers import TubeEmbed, VideoCoSwinEncoder, ZeroLinear, resize_video_table
 from .window_ops import resize_relative_position_table
 
 
@@ -66,6 +66,13 @@ def inflate_tensors(
             tensor = tensor.repeat(2 * time - 1, 1)
         inflated[name] = tensor
     return inflated
+
+
+def resize_bias(attention: nn.Module, window: tuple[int, ...], new_window: tuple[int, ...]) -> None:
+    """Give an attention over windows the relative position table for other ones, see `resize_video_table`."""
+    table = cast("nn.Parameter", attention.relative_position_bias_table)
+    resized = resize_video_table(table.detach(), window, new_window)
+    attention.relative_position_bias_table = nn.Parameter(resized, requires_grad=table.requires_grad)
 
 
 class FlorenceVideoPreTrainedModel(FlorenceVisionPreTrainedModel):
@@ -177,6 +184,34 @@ class FlorenceVideoModel(FlorenceVideoPreTrainedModel):
         return BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state, pooler_output=last_hidden_state.mean(dim=1)
         )
+
+    def resize_window_size(
+        self,
+        window_size: int | list[int] | None = None,
+        temporal_window_size: int | list[int] | None = None,
+    ) -> None:
+        """Change the windows in place; the relative position tables are resized, nothing else changes.
+
+        Args:
+            window_size: side of the new windows in tokens, one number or one a stage; None for what they have.
+            temporal_window_size: their extent along time, likewise.
+
+        Raises:
+            ValueError: a size that the configuration refuses; the model is left as it was.
+        """
+        given = {"window_size": window_size, "temporal_window_size": temporal_window_size}
+        given = {name: value for name, value in given.items() if value is not None}
+        config = type(self.config)(**{**self.config.to_dict(), **given})
+        stages = zip(self.encoder.stages, config.windows, config.temporal_window_sizes, strict=True)
+        for stage, new_window, time in cast("Any", stages):
+            for layer in stage.layers:
+                resize_bias(layer.attention, stage.window_size, new_window)
+                if layer.temporal_attention is not None:
+                    resize_bias(layer.temporal_attention, layer.time_window, (time,))
+                layer.time_window = (time,)
+            stage.window_size = new_window
+        for name, value in given.items():
+            setattr(self.config, name, value)
 
 
 def inflate_from_image(image_model: FlorenceVisionModel, **fields: Any) -> FlorenceVideoModel:

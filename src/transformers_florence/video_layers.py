@@ -12,7 +12,14 @@ from .configuration_florence import FlorenceVisionConfig
 from .configuration_florence_video import FlorenceVideoConfig
 from .layers import Linear, PatchMerging, WindowAttention
 from .modeling_florence_vision import CoSwinEncoder, CoSwinLayer, CoSwinStage
-from .window_ops import fit_window, pad_grid, padded_grid, relative_position_index, shift_mask
+from .window_ops import (
+    fit_window,
+    pad_grid,
+    padded_grid,
+    relative_position_index,
+    resize_relative_position_table,
+    shift_mask,
+)
 
 
 def pad_time(clips: torch.Tensor, before: int, after: int, policy: str) -> torch.Tensor:
@@ -24,6 +31,22 @@ def pad_time(clips: torch.Tensor, before: int, after: int, policy: str) -> torch
         first, last = torch.zeros_like(first), torch.zeros_like(last)
     size = [-1] * (clips.ndim - 2)
     return torch.cat([first.expand(-1, before, *size), clips, last.expand(-1, after, *size)], dim=1)
+
+
+def resize_video_table(table: torch.Tensor, window: tuple[int, ...], new_window: tuple[int, ...]) -> torch.Tensor:
+    """A table `(prod(2 * side - 1), num_heads)` over (time, height, width), or over time alone, for another window.
+
+    Each offset in time is resized in space as the image tower's table, then each offset in space linearly along time.
+    So a table that is the same at every offset in time, as an inflated one, stays so.
+    """
+    times, new_times, heads = 2 * window[0] - 1, 2 * new_window[0] - 1, table.shape[1]
+    grid = table.unflatten(0, (times, -1)).movedim(0, 1)  # (area, times, heads)
+    if window[1:] != new_window[1:]:
+        grid = resize_relative_position_table(grid.flatten(1), window[1:], new_window[1:]).unflatten(1, (times, heads))
+    if times != new_times:
+        lines = grid.movedim(1, 2).to(torch.promote_types(table.dtype, torch.float32))  # (area, heads, times)
+        grid = F.interpolate(lines, size=new_times, mode="linear", align_corners=False).movedim(2, 1).to(table.dtype)
+    return grid.movedim(1, 0).flatten(0, 1).contiguous()
 
 
 class TubeConv(nn.Conv3d):
@@ -198,4 +221,5 @@ __all__ = [
     "VideoCoSwinStage",
     "ZeroLinear",
     "pad_time",
+    "resize_video_table",
 ]

@@ -1,6 +1,7 @@
 # Copyright 2026 The transformers_florence authors. Licensed under the Apache License, Version 2.0.
-"""Florence's video processor: clips of frames in memory, which of their frames are taken, and how views are cut."""
+"""Florence's video processor: clips from files and memory, which of their frames are taken, and how views are cut."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.video_utils import VideoMetadata, make_batched_metadata
 
 from .image_checks import channel_axis, to_eight_bits
 from .image_processing_shared import OWN_SETTINGS, PictureDoor, check_settings
+from .video_decoding import DECODE_BYTES, DECODE_SECONDS, FlorenceVideoError, check_decoding, read_video
 
 SAMPLINGS = ("uniform", "dense", "segment")
 
@@ -89,32 +91,43 @@ class FlorenceVideoProcessorKwargs(VideosKwargs, total=False):  # type: ignore[c
         sampling: `"uniform"`, `"segment"` or `"dense"`, see `sample_frame_indices`.
         frame_stride: of dense sampling, from one frame taken to the next.
         max_pixels, max_aspect_ratio, matte: of each frame, see `FlorenceImageProcessorKwargs`.
+        decode_backend, decode_seconds, decode_bytes: of video files, `backend`, `max_seconds` and `max_bytes` of
+            `read_video`.
     """
 
     sampling: str | None
     frame_stride: int | None
+    decode_backend: str | None
+    decode_seconds: float | int | None
+    decode_bytes: int | None
     max_pixels: int | None
     max_aspect_ratio: float | int | None
     matte: list[int] | tuple[int, ...] | None
 
 
+DECODING = ("decode_backend", "decode_seconds", "decode_bytes")
+FILES = (str, Path, bytes)
+# What each frame has in common with a picture.
+SHARED_SETTINGS = (
+    *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor"),
+    *("do_normalize", "image_mean", "image_std", "do_convert_rgb", *OWN_SETTINGS),
+)
+
+
 def flatten_clips(videos: Any) -> list[Any]:
-    """A clip, or a batch of them -> the list of single clips, each an array of four axes or a list of frames.
+    """A clip, or a batch of them -> the list of single clips: arrays of four axes, lists of frames, or video files.
 
     Raises:
-        ValueError: there is no clip, or something is none; the path of a video has to be decoded first.
+        ValueError: there is no clip, or something is none.
     """
-    if isinstance(videos, str | Path):
-        raise ValueError(
-            f"expected clips in memory (arrays of frames, or lists of pictures), got the path {str(videos)[:200]!r}: "
-            "decode it first"
-        )
     if isinstance(videos, np.ndarray | torch.Tensor):
         if videos.ndim not in (4, 5):
             raise ValueError(f"expected a clip of 4 axes or a batch of 5, got shape {tuple(videos.shape)}")
         clips = [videos] if videos.ndim == 4 else list(videos)
+    elif isinstance(videos, FILES):
+        clips = [videos]
     elif not isinstance(videos, list | tuple):
-        raise ValueError(f"expected clips as arrays or lists of pictures, got {type(videos).__name__}")
+        raise ValueError(f"expected clips as video files, arrays or lists of pictures, got {type(videos).__name__}")
     elif videos and all(isinstance(item, Image.Image) or getattr(item, "ndim", 0) in (2, 3) for item in videos):
         clips = [list(videos)]
     else:
@@ -122,7 +135,7 @@ def flatten_clips(videos: Any) -> list[Any]:
         for item in videos:
             pictures = isinstance(item, list | tuple) and item and isinstance(item[0], str | Path)
             clips += [list(item)] if pictures else flatten_clips(item)
-    if not clips or any(len(clip) == 0 for clip in clips):
+    if not clips or any(not isinstance(clip, FILES) and len(clip) == 0 for clip in clips):
         raise ValueError("expected at least one clip of at least one frame, got an empty one")
     return clips
 
@@ -133,14 +146,15 @@ class FlorenceVideoProcessor(PictureDoor, BaseVideoProcessor):
     The defaults are the image processor's: shortest edge to 256 (bicubic), the middle 224x224, values to 0..1,
     ImageNet's mean and deviation. `num_frames` of each clip are taken, as `sampling` says.
 
-    A clip is an array or tensor of frames, `(frames, height, width)` grey or with 1, 3 or 4 channels, last or second
-    axis (`input_data_format` must say which where both can be), or a list of frames: `PIL.Image.Image`, arrays, or,
-    in a list of such lists, paths of pictures. Frames that are not taken are not looked at. What holds for one
-    picture, see `FlorenceImageProcessor`, holds for each frame; the scale of floating-point values is one for the
-    frames taken together. Frames of one clip have one size. Anything else is a `ValueError`.
+    A clip is the path, http(s) URL or bytes of a video file, see `read_video`; an array or tensor of frames,
+    `(frames, height, width)` grey or with 1, 3 or 4 channels, last or second axis (`input_data_format` must say which
+    where both can be); or a list of frames: `PIL.Image.Image`, arrays, or, in a list of such lists, paths of pictures.
+    Frames in memory that are not taken are not looked at. What holds for one picture, see `FlorenceImageProcessor`,
+    holds for each frame; the scale of floating-point values is one for the frames taken together. Frames of one clip
+    have one size. Anything else is a `ValueError`; where a file is at fault, a `FlorenceVideoError`.
 
-    transformers' `video-classification` pipeline takes such arrays too, one or a list of them; with a `batch_size` it
-    looks for an image processor, so save a `FlorenceImageProcessor` beside.
+    transformers' `video-classification` pipeline takes paths, URLs and arrays, one or a list of them; with a
+    `batch_size` it looks for an image processor, so save a `FlorenceImageProcessor` beside.
 
     Args:
         kwargs: see `FlorenceVideoProcessorKwargs`; `size` is `{"shortest_edge": n}` or `{"height": n, "width": n}`.
@@ -157,10 +171,26 @@ class FlorenceVideoProcessor(PictureDoor, BaseVideoProcessor):
     num_frames = 32
     sampling = "uniform"
     frame_stride = 1
+    decode_backend = "pyav"
+    decode_seconds = DECODE_SECONDS
+    decode_bytes = DECODE_BYTES
 
     def __init__(self, **kwargs: Unpack[FlorenceVideoProcessorKwargs]):
         super().__init__(**kwargs)
+        check_decoding(self.decode_backend, self.decode_seconds, self.decode_bytes)
         check_sampling(self.sampling, num_frames=self.num_frames, frame_stride=self.frame_stride)
+
+    @classmethod
+    def from_image_processor(
+        cls, image_processor: PictureDoor, **settings: Unpack[FlorenceVideoProcessorKwargs]
+    ) -> "FlorenceVideoProcessor":
+        """For the video tower that an image tower is inflated to: each frame as that tower's pictures are prepared.
+
+        settings: others than the image processor's, such as `num_frames`.
+        """
+        taken = {name: getattr(image_processor, name) for name in SHARED_SETTINGS}
+        taken |= {name: dict(taken[name]) for name in ("size", "crop_size") if taken[name] is not None}
+        return cls(**{**taken, **settings})
 
     def sample_frames(
         self,
@@ -185,6 +215,36 @@ class FlorenceVideoProcessor(PictureDoor, BaseVideoProcessor):
             self.sampling if sampling is None else sampling,
             self.frame_stride if frame_stride is None else frame_stride,
         )[0]
+
+    def decode(
+        self, video: str | Path | bytes, indices_of: Callable[[VideoMetadata], np.ndarray], settings: dict[str, Any]
+    ) -> tuple[np.ndarray, VideoMetadata]:
+        """Frames of a video file under the settings of a call, see `read_video`; what is unset is the processor's."""
+        backend, seconds, size, pixels, ratio = (
+            getattr(self, name) if settings.get(name) is None else settings[name]
+            for name in (*DECODING, "max_pixels", "max_aspect_ratio")
+        )
+        return read_video(
+            video,
+            indices_of,
+            max_pixels=pixels,
+            max_aspect_ratio=ratio,
+            backend=backend,
+            max_seconds=seconds,
+            max_bytes=size,
+        )
+
+    def fetch_videos(self, video_url_or_urls: Any, sample_indices_fn: Callable[..., np.ndarray] | None = None) -> Any:
+        """As in transformers, which calls this for chats: frames and metadata of a video file, or lists of both."""
+        if isinstance(video_url_or_urls, list):
+            return list(zip(*[self.fetch_videos(each, sample_indices_fn) for each in video_url_or_urls], strict=True))
+
+        def indices_of(metadata: VideoMetadata) -> np.ndarray:
+            if sample_indices_fn is None:
+                return np.arange(metadata.total_num_frames)
+            return np.asarray(sample_indices_fn(metadata=metadata))
+
+        return self.decode(video_url_or_urls, indices_of, {})
 
     def read_clip(self, clip: Any, name: str, indices: np.ndarray, **settings: Any) -> torch.Tensor:
         """Frames of one clip under all the settings of a call -> uint8 `(len(indices), 3, height, width)`.
@@ -229,30 +289,41 @@ class FlorenceVideoProcessor(PictureDoor, BaseVideoProcessor):
         axis = channel_axis(tuple(pixels.shape[1:]), settings.get("input_data_format"))
         return list(pixels.movedim(1 + axis, 1))
 
-    def read_clips(self, videos: Any, indices_of: Any, settings: dict[str, Any]) -> tuple[list, list[VideoMetadata]]:
+    def read_clips(
+        self, videos: Any, indices_of: Callable[[VideoMetadata], np.ndarray], settings: dict[str, Any]
+    ) -> tuple[list[torch.Tensor], list[VideoMetadata]]:
         """All clips of a call, and what is known of them; `indices_of`: from metadata to the frames to take."""
         clips = flatten_clips(videos)
         known = settings.pop("video_metadata", None)
         if known is None:
-            known = [{"total_num_frames": len(clip)} for clip in clips]
+            known = [{"total_num_frames": 1} for _ in clips]
         metadata = make_batched_metadata(clips, known)
         read = []
-        for number, (clip, about) in enumerate(zip(clips, metadata, strict=True)):
-            about.total_num_frames = len(clip)
-            about.frames_indices = indices = indices_of(about)
-            read.append(self.read_clip(clip, f"clip {number}", indices, **settings))
-            about.height, about.width = read[-1].shape[2:]
+        for number, clip in enumerate(clips):
+            own = dict(settings)
+            if isinstance(clip, FILES):
+                try:
+                    clip, metadata[number] = self.decode(clip, indices_of, settings)
+                except FlorenceVideoError as error:
+                    raise FlorenceVideoError(f"clip {number}: {error}") from error
+                taken, own["input_data_format"] = np.arange(len(clip)), ChannelDimension.LAST
+            else:
+                metadata[number].total_num_frames = len(clip)
+                metadata[number].frames_indices = taken = indices_of(metadata[number])
+            read.append(self.read_clip(clip, f"clip {number}", taken, **own))
+            metadata[number].height, metadata[number].width = read[-1].shape[2:]
         return read, metadata
 
     def preprocess(  # type: ignore[override]  # transformers' name for the clips
         self, videos: Any, *args: Any, **kwargs: Unpack[FlorenceVideoProcessorKwargs]
     ) -> BatchFeature:
-        """Clips -> `pixel_values_videos`; all that transformers' processors take, and nothing is decoded.
+        """Clips -> `pixel_values_videos`; all that transformers' processors take.
 
         Raises:
-            ValueError: a clip or a setting is refused.
+            ValueError: a clip or a setting is refused; FlorenceVideoError: it is a video file that cannot be read.
+            ImportError: there is a video file, and what decodes it is not installed.
         """
-        names = ("do_convert_rgb", "do_rescale", *OWN_SETTINGS)
+        names = ("do_convert_rgb", "do_rescale", *OWN_SETTINGS, *DECODING)
         settings = {name: getattr(self, name) if kwargs.get(name) is None else kwargs[name] for name in names}
         settings |= {name: kwargs.pop(name, None) for name in ("input_data_format", "video_metadata")}
         unset = dict.fromkeys(("size", "crop_size", "image_mean", "image_std"))
@@ -294,7 +365,7 @@ class FlorenceVideoProcessor(PictureDoor, BaseVideoProcessor):
             `FlorenceForVideoClassification.classify_views`.
 
         Raises:
-            ValueError: a clip or a setting is refused.
+            ValueError, ImportError: as `preprocess`.
         """
         if num_crops not in (1, 3):
             raise ValueError(f"num_crops: expected 1 or 3, got {num_crops!r}")
@@ -308,9 +379,15 @@ class FlorenceVideoProcessor(PictureDoor, BaseVideoProcessor):
         crop = kwargs.pop("crop_size", None) or self.crop_size
         height, width = crop["height"], crop["width"]
         clips = []
+
+        def indices_of(metadata: VideoMetadata) -> np.ndarray:
+            return sample_frame_indices(metadata.total_num_frames, num_clips=num_clips, **how).flatten()
+
         for clip in flatten_clips(videos):
-            indices = sample_frame_indices(len(clip), num_clips=num_clips, **how)
-            clips.append([clip[int(number)] for number in indices.flatten()])
+            if isinstance(clip, FILES):
+                clips.append(list(self.decode(clip, indices_of, dict(kwargs))[0]))
+            else:
+                clips.append([clip[int(number)] for number in indices_of(VideoMetadata(len(clip)))])
         batch = self.preprocess(
             clips,
             **{**kwargs, "return_tensors": "pt"},

@@ -1,4 +1,4 @@
-"""transformers' Trainer on the classifier and on the dual encoder: accumulation, evaluation, saving and resuming."""
+"""transformers' Trainer on every kind of head: accumulation, evaluation, saving and resuming."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,16 @@ from tests.tiny_florence import (
     tiny_tokenizer,
     tiny_vision_config,
 )
-from transformers_florence import FlorenceForImageClassification, FlorenceModel, load_checkpoint
+from tests.tiny_heads import HEADS, TABLE, batch_for, tiny_head
+from transformers_florence import (
+    FlorenceForImageCaptioning,
+    FlorenceForImageClassification,
+    FlorenceForImageTextRetrieval,
+    FlorenceForQuestionAnswering,
+    FlorenceForVideoClassification,
+    FlorenceModel,
+    load_checkpoint,
+)
 
 pytest.importorskip("accelerate", reason="needs accelerate: pip install 'transformers_florence[train]'")
 
@@ -64,7 +73,7 @@ def dual_encoder() -> FlorenceModel:
     return tiny_model(vision_config=tiny_vision_config(drop_path_rate=0.0))
 
 
-def train(model: PreTrainedModel, data: Pictures, folder: Path, callbacks=(), resume: str | None = None, **options):
+def train(model: PreTrainedModel, data: Dataset, folder: Path, callbacks=(), resume: str | None = None, **options):
     """What the Trainer did; pictures come in their order, without stochastic choices other than the model's."""
     fixed = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "max_grad_norm": 0.0}
     arguments = TrainingArguments(str(folder), **{**fixed, "train_sampling_strategy": "sequential", **options})
@@ -73,7 +82,7 @@ def train(model: PreTrainedModel, data: Pictures, folder: Path, callbacks=(), re
     return trainer
 
 
-def trainers_gradients(model: PreTrainedModel, data: Pictures, folder: Path, size: int, steps: int):
+def trainers_gradients(model: PreTrainedModel, data: Dataset, folder: Path, size: int, steps: int):
     keep = KeepGradients()
     options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 1}
     trainer = train(model, data, folder, [keep], **options)
@@ -100,6 +109,41 @@ def test_accumulated_classification_has_the_gradients_of_the_large_batch(size, s
     model, data = classifier(drop_path_rate=0.0), Pictures(8, texts=False)
     expected = gradients(copy_of(model), data.batch(0, 8))
     assert_close(trainers_gradients(model, data, tmp_path, size, steps), expected, atol=1e-6, rtol=1e-4)
+
+
+class Rows(Dataset):
+    """The samples of a batch, one by one."""
+
+    def __init__(self, batch: dict[str, torch.Tensor]) -> None:
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return len(self.batch["labels"])
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {name: values[index] for name, values in self.batch.items()}
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        FlorenceForVideoClassification,
+        FlorenceForQuestionAnswering,
+        FlorenceForImageTextRetrieval,
+        FlorenceForImageCaptioning,  # where every text has as many words to predict, as here
+    ],
+)
+def test_accumulated_gradients_of_other_heads_are_those_of_the_large_batch(head, tmp_path):
+    model, batch = tiny_head(head), batch_for(head, 4, labels=True)
+    expected = gradients(copy_of(model), batch)
+    assert_close(trainers_gradients(model, Rows(batch), tmp_path, 2, 2), expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_trainer_divides_every_heads_loss(head, tmp_path):
+    """All losses are means over what a batch holds; transformers would take them for sums over all accumulated."""
+    trainer = Trainer(tiny_head(head), TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
+    assert TABLE[head].labels is None or not trainer.model_accepts_loss_kwargs
 
 
 def test_accumulated_contrast_is_the_mean_of_small_contrasts(tmp_path):

@@ -186,6 +186,21 @@ def test_splits_by_rows_folders_and_lists(tmp_path: Path):
     assert [picture.file.name for picture in read_voc(tmp_path / "voc", "val").pictures] == ["b.png"]
 
 
+def test_difficult_objects_of_voc_are_neither_learnt_nor_to_be_found(tmp_path: Path):
+    file = write_voc(tmp_path) / "Annotations" / "a.xml"
+    before = read_voc(tmp_path).pictures[0].objects
+    text = file.read_text().replace("</name>", "</name><difficult>0</difficult>")
+    file.write_text(text.replace("<difficult>0</difficult>", "<difficult>1</difficult>", 1))
+    found = read_voc(tmp_path)
+    assert [each.crowd for each in found.pictures[0].objects] == [True] + [False] * (len(before) - 1)
+    assert [each.box for each in found.pictures[0].objects] == [each.box for each in before]
+    picture = validate_annotations(found).pictures[0]
+    assert picture.crowd.tolist()[0] and picture.coco()["annotations"][0]["iscrowd"] == 1
+    file.write_text(text.replace("<difficult>0", "<difficult>yes"))
+    with pytest.raises(ValueError, match="expected an annotation of Pascal VOC"):
+        read_voc(tmp_path)
+
+
 def test_corners_of_voc_without_the_shift(tmp_path: Path):
     found = read_voc(write_voc(tmp_path), one_based=False)
     assert found.pictures[0].objects[0].box == (5.0, 3.0, 14.0, 18.0)

@@ -1,19 +1,23 @@
 """Zero-shot classifiers: the prompt ensemble in closed form, batching without effect, any CLIP-like model."""
 
-import json
 import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from sklearn.metrics import f1_score
 from torch.nn import functional as F
 from torch.testing import assert_close
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from tests.tiny_florence import CONTEXT, DIM, SIDE, VOCABULARY, random_pixels, tiny_model, tiny_tokenizer
+from tests.tiny_clip import tiny_clip, tiny_siglip
+from tests.tiny_florence import CONTEXT, DIM, SIDE, random_pixels, tiny_model, tiny_tokenizer
 from transformers_florence.evaluation.zero_shot import (
+    ZeroShotClassifier,
+    best_thresholds,
     build_zero_shot_classifier,
     embed_pixels,
     embed_texts,
+    text_fingerprint,
     top_k_accuracy,
 )
 
@@ -21,25 +25,21 @@ LABELS = ["cat", "a green bicycle", "mountains, rivers and houses", "dog"]
 TEMPLATES = ["{}", "a photo of a {}.", "{} drawing"]
 
 
-def tiny_clip() -> tuple[CLIPModel, CLIPTokenizer]:
-    """transformers' own CLIP with random weights, and its own tokenizer with our vocabulary."""
-    learnt = json.loads(tiny_tokenizer().backend_tokenizer.to_str())["model"]
-    tokenizer = CLIPTokenizer(
-        vocab=learnt["vocab"], merges=[tuple(merge) for merge in learnt["merges"]], model_max_length=CONTEXT
-    )
-    shared = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT, "eos_token_id": tokenizer.eos_token_id}
-    config = CLIPConfig(
-        text_config={**shared, **text, "bos_token_id": tokenizer.bos_token_id},
-        vision_config={**shared, "image_size": SIDE, "patch_size": 8},
-        projection_dim=DIM,
-    )
-    return CLIPModel(config).eval(), tokenizer
-
-
 @pytest.fixture(params=["florence", "clip"])
 def dual_encoder(request):
     return (tiny_model(), tiny_tokenizer()) if request.param == "florence" else tiny_clip()
+
+
+@pytest.fixture
+def built():
+    """A model, its tokenizer, a classifier, and unit vectors of seven pictures."""
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    return (
+        model,
+        tokenizer,
+        ZeroShotClassifier.build(model, tokenizer, LABELS, TEMPLATES),
+        embed_pixels(model, random_pixels(7)),
+    )
 
 
 def slow_unit(vector: torch.Tensor) -> torch.Tensor:
@@ -170,3 +170,132 @@ def test_top_k_must_lie_within_the_columns(k):
 def test_top_k_takes_one_target_a_row(scores, targets):
     with pytest.raises(ValueError, match="expected scores"):
         top_k_accuracy(torch.zeros(scores), torch.zeros(targets, dtype=torch.long), 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["florence", "clip", "siglip"])
+def test_logits_are_the_models_own(kind):
+    """With temperature, SigLIP's bias, and SigLIP's padding: what `forward` returns for one template."""
+    model, tokenizer = {"clip": tiny_clip, "siglip": tiny_siglip}.get(kind, lambda: (tiny_model(), tiny_tokenizer()))()
+    labels = ["cat", "dog"]  # shorter than the context, so that padding makes a difference
+    classifier = ZeroShotClassifier.build(model, tokenizer, labels, ["a photo of a {}"])
+    texts = [f"a photo of a {label}" for label in labels]
+    padding = "max_length" if kind == "siglip" else True
+    tokens = tokenizer(texts, return_tensors="pt", padding=padding, truncation=True)
+    assert kind == "siglip" or tokens["input_ids"].shape[1] < CONTEXT
+    wanted = model(pixel_values=random_pixels(5), **tokens).logits_per_image
+    assert_close(classifier.logits(embed_pixels(model, random_pixels(5))), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_classifier_in_the_cache_costs_no_text(tmp_path):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    calls: list[int] = []
+    model.text_model.register_forward_hook(lambda *of: calls.append(1))
+    first = ZeroShotClassifier.build(model, tokenizer, LABELS, TEMPLATES, cache=tmp_path)
+    runs = len(calls)
+    again = ZeroShotClassifier.build(model, tokenizer, LABELS, TEMPLATES, cache=tmp_path)
+    assert runs > 0 and len(calls) == runs
+    assert torch.equal(again.weight, first.weight)
+    assert (again.labels, again.templates, again.scale, again.bias) == (
+        tuple(LABELS),
+        tuple(TEMPLATES),
+        first.scale,
+        0,
+    )
+    ZeroShotClassifier.build(model, tokenizer, LABELS[:2], TEMPLATES, cache=tmp_path)
+    ZeroShotClassifier.build(model, tokenizer, LABELS, TEMPLATES[:2], cache=tmp_path)
+    with torch.no_grad():
+        model.text_projection.weight.add_(0.1)
+    other = ZeroShotClassifier.build(model, tokenizer, LABELS, TEMPLATES, cache=tmp_path)
+    assert not torch.equal(other.weight, first.weight), "another model"
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_what_a_text_does_not_see_does_not_change_the_fingerprint():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    before = text_fingerprint(model, tokenizer)
+    with torch.no_grad():
+        model.visual_projection.weight.add_(1)
+        next(model.vision_model.parameters()).add_(1)
+    assert text_fingerprint(model, tokenizer) == before
+    with torch.no_grad():
+        model.logit_scale.add_(1)  # the classifier holds it
+    assert text_fingerprint(model, tokenizer) != before
+
+
+def test_a_saved_classifier_is_the_same_one(built, tmp_path):
+    *_, classifier, embeds = built
+    present = torch.rand(7, len(LABELS)) < 0.5
+    present[0] = True
+    classifier = classifier.calibrate(embeds, present)
+    classifier.save(tmp_path / "pets.safetensors")
+    other = ZeroShotClassifier.load(tmp_path / "pets.safetensors")
+    assert torch.equal(other.logits(embeds), classifier.logits(embeds))
+    assert torch.equal(other.present(embeds), classifier.present(embeds))
+    assert (other.labels, other.templates, other.fingerprint) == (
+        classifier.labels,
+        classifier.templates,
+        classifier.fingerprint,
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["pets.safetensors"]
+
+
+def test_what_is_no_saved_classifier_is_refused(built, tmp_path):
+    *_, classifier, _ = built
+    file = tmp_path / "a.safetensors"
+    classifier.save(file)
+    save_file(load_file(file), tmp_path / "bare.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(file.read_bytes()[:-9])
+    for name in ("bare", "cut", "absent"):
+        with pytest.raises(ValueError, match=f"expected a saved classifier, got .*{name}"):
+            ZeroShotClassifier.load(tmp_path / f"{name}.safetensors")
+
+
+def test_thresholds_are_those_of_highest_f1():
+    """Against every possible threshold, with scikit-learn's F1; logits of few values, so that many are equal."""
+    logits = (torch.randn(40, 5) * 3).round() / 3
+    present = torch.rand(40, 5) < torch.tensor([0.05, 0.3, 0.5, 0.9, 1.0])
+    present[0] = True
+    thresholds = best_thresholds(logits, present, LABELS[:1] * 5)
+    for column in range(5):
+        truth, values = present[:, column].numpy(), logits[:, column]
+        tried = [f1_score(truth, (values >= value).numpy()) for value in values.unique()]
+        assert f1_score(truth, (values >= thresholds[column]).numpy()) == pytest.approx(max(tried))
+
+
+def test_calibration_needs_a_picture_of_each_label(built):
+    *_, classifier, embeds = built
+    present = torch.ones(7, len(LABELS), dtype=torch.bool)
+    with pytest.raises(ValueError, match="calibrate the classifier on a validation split first"):
+        classifier.present(embeds)
+    with pytest.raises(ValueError, match=r"expected present as bool of shape \(7, 4\), got torch.bool \(7, 3\)"):
+        classifier.calibrate(embeds, present[:, 1:])
+    present[:, 1] = False
+    with pytest.raises(ValueError, match="expected pictures of every label, got none of 'a green bicycle'"):
+        classifier.calibrate(embeds, present)
+
+
+def test_vectors_that_are_not_finite_or_of_another_length_are_refused(built):
+    *_, classifier, embeds = built
+    with pytest.raises(ValueError, match="expected vectors of length 12, got 5"):
+        classifier.logits(embeds[:, :5])
+    embeds[2, 3] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinity in 1 of 7 rows"):
+        classifier.logits(embeds)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["cat", "dog", " Cat"], "expected different names, got ' Cat' for the classes 0 and 2"),
+        (["cat", "  "], "expected names that are not empty, got '  ' for class 1"),
+        (
+            ["a b c d e f g h i j k l cat", "a b c d e f g h i j k l dog"],
+            "expected labels that differ within 12 tokens",
+        ),
+    ],
+)
+def test_labels_that_the_model_cannot_tell_apart_are_refused(labels, message):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    with pytest.raises(ValueError, match=message):
+        build_zero_shot_classifier(model, tokenizer, labels, TEMPLATES)

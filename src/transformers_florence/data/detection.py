@@ -35,7 +35,10 @@ FAULTS = {
 
 @dataclass(frozen=True)
 class RawObject:
-    """One object as a file has it: the name of its class (None: it has none), corners in pixels, crowd or not."""
+    """One object as a file has it: the name of its class (None: it has none), corners in pixels, crowd or not.
+
+    `crowd` is whatever is neither to be learnt nor to be found: COCO's crowds, VOC's difficult objects.
+    """
 
     name: str | None
     box: tuple[float, float, float, float]
@@ -76,7 +79,7 @@ class AnnotatedPicture:
         size: (height, width) of the upright picture, in pixels.
         boxes: (objects, 4), float64, corners within the picture, in pixels.
         labels: (objects,), int64, places in the set's names.
-        crowd: (objects,), bool: one box around many objects, neither to be learnt nor to be found.
+        crowd: (objects,), bool: neither to be learnt nor to be found, such as one box around many objects.
     """
 
     file: Path

@@ -12,21 +12,12 @@ from xml.etree import ElementTree
 import yaml
 
 from .detection import RawAnnotations, RawObject, RawPicture, check_names, picture_size
+from .files import picture_inside
 
 SPLIT_NAMES = ({"val", "valid", "validation", "dev"},)  # different words for one split
 VOC_FOLDERS = (("Annotations", "JPEGImages"), ("annotations", "images"), ("annots", "images"))
 MAX_GAPS = 1000  # of the numbers that are listed as missing
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-
-
-def _inside(root: Path, name: Any, where: str) -> Path:
-    """A file below `root`, however its name is written. Raises ValueError for a name that leads out of it."""
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"{where}: expected the name of a picture, got {name!r}")
-    path = os.path.normpath(name.replace("\\", "/"))
-    if os.path.isabs(path) or path.split(os.sep)[0] == ".." or ":" in path:
-        raise ValueError(f"{where}: expected a picture inside of {root}, got {name!r}")
-    return root / path
 
 
 def _numbers(values: Any, where: str, count: int = 4) -> list[float]:
@@ -88,7 +79,7 @@ def read_coco(file: str | os.PathLike, root: str | os.PathLike | None = None) ->
         content = json.loads(file.read_text("utf-8"))
         categories = {int(row["id"]): str(row["name"]) for row in content["categories"]}
         pictures = {
-            row["id"]: RawPicture(_inside(root, row["file_name"], str(file)), _size(row, str(file)), [])
+            row["id"]: RawPicture(picture_inside(root, row["file_name"], str(file)), _size(row, str(file)), [])
             for row in content["images"]
         }
         if len(pictures) < len(content["images"]) or len(categories) < len(content["categories"]):
@@ -128,10 +119,12 @@ def _parse_voc(file: Path, root: Path, one_based: bool) -> RawPicture:
             sides_of_box = [float(box.findtext(name) or "nan") for name in ("xmin", "ymin", "xmax", "ymax")]
             left, top, right, bottom = sides_of_box
             shift = 1.0 if one_based else 0.0
-            objects.append(RawObject(element.findtext("name"), (left - shift, top - shift, right, bottom)))
+            difficult = float(element.findtext("difficult") or 0) != 0
+            corners = (left - shift, top - shift, right, bottom)
+            objects.append(RawObject(element.findtext("name"), corners, crowd=difficult))
     except (ElementTree.ParseError, ValueError) as error:
         raise ValueError(f"{file}: expected an annotation of Pascal VOC, got {error}") from error
-    picture = _inside(root, tree.findtext("filename") or file.stem, str(file))
+    picture = picture_inside(root, tree.findtext("filename") or file.stem, str(file))
     if not picture.is_file():  # tools that convert pictures often leave their old names in the XML
         picture = next(
             (path for path in root.glob(f"{glob.escape(file.stem)}.*") if path.suffix.lower() in SUFFIXES), picture
@@ -141,6 +134,8 @@ def _parse_voc(file: Path, root: Path, one_based: bool) -> RawPicture:
 
 def read_voc(folder: str | os.PathLike, split: str | None = None, *, one_based: bool = True) -> RawAnnotations:
     """Pascal VOC's XML files: in folders named as `VOC_FOLDERS` says, or beside their pictures.
+
+    An object marked as difficult is taken as a crowd: neither learnt nor to be found, as in VOC's own evaluation.
 
     Args:
         split: listed in `ImageSets/Main/<split>.txt`, or a folder of that name; None for everything.
@@ -296,7 +291,7 @@ def read_metadata(path: str | os.PathLike, split: str | None = None) -> RawAnnot
             row = json.loads(line)
             splits.add(row.get("split"))
             if wanted is None or row.get("split") in wanted:
-                picture = _inside(file.parent, row["file_name"], where)
+                picture = picture_inside(file.parent, row["file_name"], where)
                 pictures.append(RawPicture(picture, _size(row, where), _metadata_objects(row, where)))
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{where}: expected a row with file_name and boxes, got {error!r}") from error

@@ -1,1 +1,1 @@
-"""Evaluation of dual encoders: zero-shot classification and retrieval."""
+"""Evaluation: classification, retrieval and its second stage, detection, answers, captions, clips, and results."""

@@ -153,20 +153,23 @@ def detect(
     *,
     batch_size: int = 8,
     threshold: float = 0.01,
+    class_embeds: torch.Tensor | None = None,
     progress: bool = False,
 ) -> Iterator[tuple[list[AnnotatedPicture], list[dict[str, torch.Tensor]]]]:
     """Detections of pictures, batch by batch, in the model's present mode.
 
     Args:
         threshold: what a score must exceed; average precision wants a low one.
+        class_embeds: vectors of the classes, (classes, projection_dim), for an open-set detector.
 
     Returns:
         Pairs of pictures and their detections, boxes as corners in the pixels of each picture.
     """
+    classes = {} if class_embeds is None else {"class_embeds": class_embeds}
     for start in tqdm(range(0, len(pictures), batch_size), desc="detecting", disable=not progress):
         part = list(pictures[start : start + batch_size])
         inputs = processor([str(picture.file) for picture in part], return_tensors="pt").to(model.device)
-        outputs = model(**inputs)
+        outputs = model(**inputs, **classes)
         sizes = [picture.size for picture in part]
         yield part, processor.post_process_object_detection(outputs, threshold, target_sizes=sizes)
 
@@ -178,9 +181,12 @@ def evaluate_detector(
     names: Sequence[str],
     *,
     batch_size: int = 8,
+    class_embeds: torch.Tensor | None = None,
     progress: bool = False,
 ) -> DetectionScores:
     """COCO's numbers of a detector on pictures; the model is in its former mode afterwards.
+
+    class_embeds: as in `detect`.
 
     Raises:
         ValueError: no picture, or one that the processor refuses.
@@ -188,7 +194,9 @@ def evaluate_detector(
     evaluator, training = DetectionEvaluator(names), model.training
     model.eval()
     try:
-        for part, found in detect(model, processor, pictures, batch_size=batch_size, progress=progress):
+        for part, found in detect(
+            model, processor, pictures, batch_size=batch_size, class_embeds=class_embeds, progress=progress
+        ):
             evaluator.update(found, part)
     finally:
         model.train(training)

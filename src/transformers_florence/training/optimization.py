@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..modeling_florence_text import FlorenceTextModel
+from ..modeling_florence_video import FlorenceVideoModel
 from ..modeling_florence_vision import FlorenceVisionModel
 
 # Matrices that are added like a bias, one row a position or a kind of token: they never decay.
@@ -17,12 +18,12 @@ VISION_LAYER = re.compile(r"encoder\.stages\.(\d+)\.(?:layers\.(\d+)|embed)\.")
 TEXT_LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
 
 
-def _level_in_tower(name: str, tower: FlorenceTextModel | FlorenceVisionModel) -> tuple[int, int]:
+def _level_in_tower(name: str, tower: FlorenceTextModel | FlorenceVideoModel | FlorenceVisionModel) -> tuple[int, int]:
     """Level of a parameter of a tower, from 0 for its embeddings, and the tower's highest level.
 
     A stage's token embedding belongs to the first layer of the stage, and the final norm to the last layer.
     """
-    if isinstance(tower, FlorenceVisionModel):
+    if isinstance(tower, FlorenceVideoModel | FlorenceVisionModel):
         depths = tower.config.depths
         match = VISION_LAYER.match(name)
         top = sum(depths)
@@ -50,7 +51,7 @@ def layers_to_output(model: nn.Module) -> dict[str, int]:
     Returns:
         Name of the parameter -> number of layers.
     """
-    kinds = (FlorenceTextModel, FlorenceVisionModel)
+    kinds = (FlorenceTextModel, FlorenceVideoModel, FlorenceVisionModel)
     towers = {path: module for path, module in model.named_modules() if isinstance(module, kinds)}
     above = {}
     for name, _ in model.named_parameters():
