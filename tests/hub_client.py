@@ -36,6 +36,8 @@ from transformers_florence import (
     FlorenceForPreTraining,
     FlorenceForQuestionAnswering,
     FlorenceForVideoClassification,
+    FlorenceForVideoTextRetrieval,
+    FlorenceForZeroShotObjectDetection,
     FlorenceFusionModel,
     FlorenceImageProcessor,
     FlorenceModel,
@@ -62,6 +64,8 @@ HEADS = {
     "captions": FlorenceForImageCaptioning,
     "video": FlorenceVideoModel,
     "actions": FlorenceForVideoClassification,
+    "clips": FlorenceForVideoTextRetrieval,
+    "open-set": FlorenceForZeroShotObjectDetection,
 }
 DUAL = ("in-shards", "processor-first", "from-a-folder", "uploaded")
 MODEL_DOORS = {
@@ -73,6 +77,7 @@ MODEL_DOORS = {
     FlorenceForPreTraining: "AutoModelForPreTraining",
     FlorenceForImageCaptioning: "AutoModelForImageTextToText",
     FlorenceForVideoClassification: "AutoModelForVideoClassification",
+    FlorenceForZeroShotObjectDetection: "AutoModelForZeroShotObjectDetection",
 }
 DOORS = {
     **{type(TABLE[head].config()): "AutoConfig" for head in MODEL_DOORS},

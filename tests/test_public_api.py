@@ -56,6 +56,7 @@ PUBLIC = {
     "FlorenceForQuestionAnswering": "(config)",
     "FlorenceForVideoClassification": "(config)",
     "FlorenceForVideoTextRetrieval": "(config)",
+    "FlorenceForZeroShotObjectDetection": "(config)",
     "FlorenceFusionConfig": None,
     "FlorenceFusionModel": "(config)",
     "FlorenceImageProcessor": "(**kwargs)",
@@ -74,6 +75,8 @@ PUBLIC = {
     "FlorenceVisionConfig": None,
     "FlorenceVisionModel": "(config, *, add_final_norm=True)",
     "FlorenceVisualQuestionAnsweringPipeline": None,  # transformers' own
+    "FlorenceZeroShotDetectionConfig": None,
+    "FlorenceZeroShotDetectionProcessor": "(image_processor, tokenizer)",
     "bundled_checkpoint": "(name='florence-nano')",
     "create_model_card": "(model, name, *, results=(), description='', **metadata)",
     "fusion_learning_rates": "(learning_rate, *, fusion_factor=5.0, head_factor=50.0)",
@@ -96,9 +99,10 @@ FORWARD = {
     "FlorenceProcessor": "(self, images=None, text=None, **kwargs)",
     "FlorenceForImageCaptioning": "(self, input_ids=None, pixel_values=None, attention_mask=None, position_ids=None, "
     "image_embeds=None, past_key_values=None, labels=None, use_cache=None, logits_to_keep=0, **kwargs)",
+    "FlorenceForZeroShotObjectDetection": "(self, pixel_values=None, pixel_mask=None, input_ids=None, "
+    "attention_mask=None, class_embeds=None, labels=None, **kwargs)",
     "FlorenceFusionModel": "(self, input_ids=None, pixel_values=None, attention_mask=None, "
-    "token_type_ids=None, "
-    "image_embeds=None, **kwargs)",
+    "token_type_ids=None, image_embeds=None, image_rows=None, **kwargs)",
     "FlorenceForImageTextRetrieval": "(self, input_ids=None, pixel_values=None, attention_mask=None, "
     "token_type_ids=None, "
     "image_embeds=None, labels=None, **kwargs)",
@@ -106,8 +110,7 @@ FORWARD = {
     "token_type_ids=None, "
     "image_embeds=None, labels=None, pair_labels=None, similarities=None, **kwargs)",
     "FlorenceForQuestionAnswering": "(self, input_ids=None, pixel_values=None, attention_mask=None, "
-    "token_type_ids=None, "
-    "image_embeds=None, labels=None, **kwargs)",
+    "token_type_ids=None, image_embeds=None, image_rows=None, labels=None, **kwargs)",
     "FlorenceForVideoClassification": "(self, pixel_values_videos=None, labels=None, **kwargs)",
     "FlorenceForVideoTextRetrieval": "(self, input_ids=None, pixel_values_videos=None, attention_mask=None, "
     "position_ids=None, labels=None, return_loss=None, **kwargs)",

@@ -23,11 +23,13 @@ from transformers_florence import (
     FlorenceForPreTraining,
     FlorenceForQuestionAnswering,
     FlorenceForVideoClassification,
+    FlorenceForZeroShotObjectDetection,
     FlorenceImageProcessor,
     FlorenceModel,
     FlorenceProcessor,
     FlorenceTokenizer,
     FlorenceVideoProcessor,
+    FlorenceZeroShotDetectionProcessor,
 )
 
 PICTURE = Image.effect_mandelbrot((48, 40), (-2, -1.5, 1, 1.5), 100)
@@ -64,6 +66,7 @@ PROCESSORS = {
     FlorenceDetectionImageProcessor: "AutoImageProcessor",
     FlorenceVideoProcessor: "AutoVideoProcessor",
     FlorenceProcessor: "AutoProcessor",
+    FlorenceZeroShotDetectionProcessor: "AutoProcessor",
 }
 MODELS = {
     **dict.fromkeys(HEADS, "AutoModel"),
@@ -73,6 +76,7 @@ MODELS = {
     FlorenceForPreTraining: "AutoModelForPreTraining",
     FlorenceForImageCaptioning: "AutoModelForImageTextToText",
     FlorenceForVideoClassification: "AutoModelForVideoClassification",
+    FlorenceForZeroShotObjectDetection: "AutoModelForZeroShotObjectDetection",
 }
 
 

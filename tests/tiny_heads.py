@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, RobertaConfig
 
 from tests.oracles import randomize
 from tests.tiny_florence import (
+    DIM,
     SIDE,
     random_pixels,
     tiny_config,
@@ -40,6 +41,8 @@ from transformers_florence import (
     FlorenceForPreTraining,
     FlorenceForQuestionAnswering,
     FlorenceForVideoClassification,
+    FlorenceForVideoTextRetrieval,
+    FlorenceForZeroShotObjectDetection,
     FlorenceFusionConfig,
     FlorenceFusionModel,
     FlorenceModel,
@@ -47,7 +50,10 @@ from transformers_florence import (
     FlorenceVideoConfig,
     FlorenceVideoModel,
     FlorenceVideoProcessor,
+    FlorenceVideoTextConfig,
     FlorenceVisionModel,
+    FlorenceZeroShotDetectionConfig,
+    FlorenceZeroShotDetectionProcessor,
 )
 
 FRAMES = 4
@@ -67,6 +73,25 @@ def tiny_video_config() -> FlorenceVideoConfig:
     fields = {"image_size": SIDE, "embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "window_size": 3}
     time = {"num_frames": FRAMES, "temporal_window_size": 2, "temporal_mode": "divided"}
     return FlorenceVideoConfig(**fields, **time, drop_path_rate=0.0, id2label=NAMES)
+
+
+def tiny_video_text_config() -> FlorenceVideoTextConfig:
+    return FlorenceVideoTextConfig(
+        video_config=tiny_video_config(), text_config=tiny_text_config(), projection_dim=DIM
+    )
+
+
+def tiny_open_set_config() -> FlorenceZeroShotDetectionConfig:
+    """Its text head learns names and boxes together."""
+    return FlorenceZeroShotDetectionConfig(
+        vision_config=still_vision_config(out_features=["stage1", "stage2"]),
+        text_config=tiny_text_config(),
+        projection_dim=DIM,
+        hidden_size=32,
+        num_blocks=1,
+        num_proposals=6,
+        naming="text_head",
+    )
 
 
 def one_layer_fusion_config() -> FlorenceFusionConfig:
@@ -132,6 +157,11 @@ def object_labels(count: int) -> Tensors:
     return {"labels": [{"class_labels": torch.tensor([2, number % 2]), "boxes": BOXES} for number in range(count)]}
 
 
+def named_object_labels(count: int) -> Tensors:
+    """Two objects of the only class that is asked for."""
+    return {"labels": [{"class_labels": torch.zeros(2, dtype=torch.int64), "boxes": BOXES} for _ in range(count)]}
+
+
 def answer_labels(count: int) -> Tensors:
     """How right each answer is, (count, answers)."""
     return {"labels": torch.arange(count * len(ANSWERS)).reshape(count, -1) % 4 / 3}
@@ -173,9 +203,11 @@ TABLE: dict[type[PreTrainedModel], Head] = {
     ),
     FlorenceVideoModel: Head(tiny_video_config, (clips,)),
     FlorenceForVideoClassification: Head(tiny_video_config, (clips,), class_labels),
+    FlorenceForVideoTextRetrieval: Head(tiny_video_text_config, (texts, clips), pair_labels),
+    FlorenceForZeroShotObjectDetection: Head(tiny_open_set_config, (texts, padded_pictures), named_object_labels),
 }
 HEADS = list(TABLE)
-RESULTS = ("logits_per_image", "logits", "mlm_logits", "pooler_output", "feature_maps")
+RESULTS = ("logits_per_image", "logits_per_video", "logits", "mlm_logits", "pooler_output", "feature_maps")
 
 
 def tiny_head(head: type[PreTrainedModel]) -> PreTrainedModel:
@@ -195,6 +227,9 @@ def processor_for(head: type[PreTrainedModel]) -> Any:
     reads = TABLE[head].reads
     if words in reads:
         return tiny_fusion_processor()
+    if head is FlorenceForZeroShotObjectDetection:
+        pixels = FlorenceDetectionImageProcessor(size={"height": SIDE, "width": SIDE})
+        return FlorenceZeroShotDetectionProcessor(image_processor=pixels, tokenizer=tiny_tokenizer())
     if texts in reads:
         return tiny_processor() if pictures in reads else tiny_tokenizer()
     size = {"height": SIDE, "width": SIDE}
