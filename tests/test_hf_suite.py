@@ -25,6 +25,7 @@ from tests_hf.entries import (
     DETECTION_IMAGE_PROCESSORS,
     IMAGE_PROCESSORS,
     MODELS,
+    OPEN_SET_PROCESSOR,
     PROCESSOR,
     TOKENIZER,
     VIDEO_PROCESSOR,
@@ -52,7 +53,7 @@ def test_every_public_class_has_an_entry():
     assert {config_class for config_class, _ in CONFIGS} == public(PreTrainedConfig)
     processors = {*IMAGE_PROCESSORS.values(), *DETECTION_IMAGE_PROCESSORS.values(), VIDEO_PROCESSOR}
     assert processors == public(BaseImageProcessor) | public(BaseVideoProcessor)
-    assert {PROCESSOR} == public(ProcessorMixin)
+    assert {PROCESSOR, OPEN_SET_PROCESSOR} == public(ProcessorMixin)
     assert {TOKENIZER} == public(PreTrainedTokenizerBase)
 
 
@@ -64,7 +65,7 @@ def test_an_entry_is_small_and_what_it_declares_is_what_the_model_gives(entry):
     inputs = entry.inputs(config)
     assert all(len(value) == BATCH for value in inputs.values())
     outputs = model(**inputs, output_hidden_states=True, output_attentions=True)
-    outputs = outputs.get("vision_model_output", outputs)
+    outputs = outputs.get("vision_model_output", outputs.get("video_model_output", outputs))
     if entry.hidden_shapes:
         assert [tuple(state.shape) for state in outputs.hidden_states] == [(BATCH, *s) for s in entry.hidden_shapes]
         expected = [(BATCH * windows, *shape) for windows, *shape in entry.attention_shapes]

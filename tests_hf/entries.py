@@ -37,6 +37,7 @@ from transformers_florence import (
     FlorenceVisionConfig,
     FlorenceVisionModel,
     FlorenceZeroShotDetectionConfig,
+    FlorenceZeroShotDetectionProcessor,
 )
 
 SIDE = 32  # pixels
@@ -365,6 +366,7 @@ CONFIGS = (
     (FlorenceVisionConfig, {"embed_dim": 16, "depths": [1, 2], "num_heads": [1, 2]}),
     (FlorenceTextConfig, {"hidden_size": 36, "num_attention_heads": 3, "vocab_size": 99}),
     (FlorenceConfig, {"projection_dim": 24}),
+    (FlorenceVideoTextConfig, {"projection_dim": 24}),
     (FlorenceDetectionConfig, {"hidden_size": 64, "num_blocks": 2}),
     (FlorenceZeroShotDetectionConfig, {"hidden_size": 64, "num_blocks": 2, "naming": "region"}),
 )
@@ -372,6 +374,7 @@ IMAGE_PROCESSORS = {"torchvision": FlorenceImageProcessor, "pil": FlorenceImageP
 DETECTION_IMAGE_PROCESSORS = {"torchvision": FlorenceDetectionImageProcessor}
 VIDEO_PROCESSOR = FlorenceVideoProcessor
 PROCESSOR = FlorenceProcessor
+OPEN_SET_PROCESSOR = FlorenceZeroShotDetectionProcessor
 TOKENIZER = FlorenceTokenizer
 
 __all__ = [
@@ -381,6 +384,7 @@ __all__ = [
     "FRAMES",
     "IMAGE_PROCESSORS",
     "MODELS",
+    "OPEN_SET_PROCESSOR",
     "PROCESSOR",
     "SIDE",
     "TOKENIZER",

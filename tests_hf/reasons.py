@@ -62,7 +62,7 @@ SKIPS = (
     Skip(r"test_sdpa_can_dispatch_composite_models", r"does not support SDPA", NOT_COMPOSITE),
     Skip(
         r"test_sdpa_can_dispatch_non_composite_models",
-        r"^Florence(Model|Fusion\w+|For(QuestionAnswering|ImageTextRetrieval|PreTraining|ImageCaptioning)) does not",
+        r"^Florence(Model|Fusion\w+|For(QuestionAnswering|\w+TextRetrieval|PreTraining|ImageCaptioning)) does not",
         "For classes of one tower, which run it; `FlorenceModel` runs the test for composite ones.",
     ),
     Skip(
@@ -126,7 +126,7 @@ SKIPS = (
     ),
     Skip(
         r"test_torch_save_load",
-        r"^Florence(Detection|Captioning)Config not in MODEL_MAPPING",
+        r"^Florence((ZeroShot)?Detection|Captioning)Config not in MODEL_MAPPING",
         "Compares a head with its base model; here that is an image tower, of another configuration.",
     ),
     # The architecture: image processors, processor, tokenizer, pipelines
@@ -175,6 +175,7 @@ ADAPTED = {
     "test_retain_grad_hidden_states_attentions": "the gradient reaches what each tower recorded",
     "test_model_get_set_embeddings": "an image tower's input embedding is a convolution",
     "test_get_image_features_pooler_output": "the shapes of features and tokens, the last stage's width included",
+    "test_get_video_features_pooler_output": "the same of clips",
     "test_training_overfit": "on the batch of the entry; upstream makes texts only",
     "test_call_sample_frames": "a clip of fewer frames than are asked for repeats them instead of being refused",
     "test_call_numpy_4_channels": "a fourth channel is transparency and laid on the matte; four means are refused",

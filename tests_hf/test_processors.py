@@ -8,7 +8,14 @@ from unittest import mock
 import torch
 from transformers import CLIPTokenizer, ProcessorMixin
 
-from .entries import DETECTION_IMAGE_PROCESSORS, IMAGE_PROCESSORS, PROCESSOR, TOKENIZER, VIDEO_PROCESSOR
+from .entries import (
+    DETECTION_IMAGE_PROCESSORS,
+    IMAGE_PROCESSORS,
+    OPEN_SET_PROCESSOR,
+    PROCESSOR,
+    TOKENIZER,
+    VIDEO_PROCESSOR,
+)
 from .loader import load
 from .reasons import own
 from .vocabulary import tokenizer
@@ -155,6 +162,14 @@ class FlorenceProcessorTest(load("test_processing_common").ProcessorTesterMixin,
     def does_processor_return_mm_offsets(processor_class, method_name):
         """Upstream compares with the first base, which here is `ManifestMixin`."""
         return getattr(processor_class, method_name) is not getattr(ProcessorMixin, method_name)
+
+
+class FlorenceZeroShotDetectionProcessorTest(FlorenceProcessorTest):
+    processor_class = OPEN_SET_PROCESSOR
+
+    @classmethod
+    def _setup_image_processor(cls):
+        return DETECTION_IMAGE_PROCESSORS["torchvision"]()
 
 
 class FlorenceTokenizerTest(

@@ -42,6 +42,8 @@ from transformers_florence import (
     FlorenceForPreTraining,
     FlorenceForQuestionAnswering,
     FlorenceForVideoClassification,
+    FlorenceForVideoTextRetrieval,
+    FlorenceForZeroShotObjectDetection,
     FlorenceFusionModel,
     FlorenceModel,
     FlorenceTextModel,
@@ -58,9 +60,11 @@ pytestmark = pytest.mark.filterwarnings(
 # The same weights: the last bit of a matrix product hangs on where in memory its operands lie.
 EXACT = {"atol": 1e-6, "rtol": 1e-5}
 # What is trained whole beside the adapters, of each class that has something of its own on the towers.
+DETECTION_PARTS = ["pyramid", "class_predictor", "box_predictor", "centerness_predictor", "box_scales"]
 NEW_PARTS = {
     FlorenceForImageClassification: ["classifier"],
-    FlorenceForObjectDetection: ["pyramid", "class_predictor", "box_predictor", "centerness_predictor", "box_scales"],
+    FlorenceForObjectDetection: DETECTION_PARTS,
+    FlorenceForZeroShotObjectDetection: DETECTION_PARTS,
     FlorenceFusionModel: ["text_transform", "image_transform", "text_pooler", "image_pooler"],
     FlorenceForQuestionAnswering: ["classifier"],
     FlorenceForImageTextRetrieval: ["itm_head"],
@@ -127,9 +131,8 @@ def test_the_default_targets_are_the_linear_layers_inside_all_parts_and_nothing_
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     between = {name for name in linear if any(part in name for part in BETWEEN)}
     names = set(adapted(model).base_model.targeted_module_names)
-    assert names == linear - between and bool(between) == (
-        head in {FlorenceModel, *NEW_PARTS} - {FlorenceForObjectDetection}
-    )
+    joined = {FlorenceModel, FlorenceForVideoTextRetrieval, *NEW_PARTS} - {FlorenceForObjectDetection}
+    assert names == linear - between and bool(between) == (head in joined)
 
 
 @pytest.mark.parametrize(

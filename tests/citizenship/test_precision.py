@@ -92,7 +92,9 @@ def test_half_precision_of_every_head(head, dtype, attention, folders):
     assert {weight.dtype for weight in half.parameters()} == {dtype}
     layers = sum(isinstance(module, GradientCheckpointingLayer) for module in full.modules())
     expected, got = compute(full, batch_for(head)), compute(half, batch_for(head)).float()
-    assert 0 < (got - expected).norm() < 2 * (2 * layers) ** 0.5 * torch.finfo(dtype).eps * expected.norm()
+    # Products of vectors of unit length are off by a part of that length, however small they are themselves.
+    scale = full.logit_scale.exp() * expected.numel() ** 0.5 if hasattr(full, "logit_scale") else expected.norm()
+    assert 0 < (got - expected).norm() < 2 * (2 * layers) ** 0.5 * torch.finfo(dtype).eps * scale
 
 
 def quantised(model_class: type[PreTrainedModel], folder: str | Path) -> PreTrainedModel:
@@ -152,7 +154,7 @@ def test_an_int8_head_is_saved_and_loaded(head, folders, tmp_path):
     after = compute(model, batch_for(head))
     assert_close(after, compute(rounded(model, plain), batch_for(head)), atol=1e-5, rtol=1e-5)
     assert 0 < (after - before).norm() < 0.1 * before.norm()
-    if head is FlorenceModel:
+    if any("." not in name for name, _ in plain.named_parameters()):
         return  # torchao's reader takes no weight without a module's name: `logit_scale`, as in transformers' CLIP
     model.save_pretrained(tmp_path)
     loaded = head.from_pretrained(tmp_path)
