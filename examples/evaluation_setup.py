@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from transformers_florence import bundled_checkpoint, load_checkpoint
 from transformers_florence.data.image_sets import ImageSet, read_image_set
 from transformers_florence.evaluation.embedding import embed_pictures
 from transformers_florence.evaluation.results import Result, command_line, current_commit, hash_pictures
-from transformers_florence.training.arguments import parse_arguments
+from transformers_florence.training.arguments import check_fields, parse_arguments
 
 
 @dataclass
@@ -37,11 +37,7 @@ class EvaluationArguments:
     def __post_init__(self) -> None:
         if not self.data:
             raise ValueError("data: expected a set of pictures, got none")
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            least = 0 if entry.name in ("seed", "workers") else 1
-            if entry.type is int and (type(value) is not int or value < least):
-                raise ValueError(f"{entry.name}: expected an integer >= {least}, got {value!r}")
+        check_fields(self, from_zero=("seed", "workers"))
 
 
 Arguments = TypeVar("Arguments", bound=EvaluationArguments)

@@ -1,9 +1,9 @@
 """What `pretrain_unicl.py` can be told: every field is an option of its command line and a key of its YAML file."""
 
-import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from transformers_florence.data.sources import make_sources
+from transformers_florence.training.arguments import check_fields
 from transformers_florence.training.objectives import OBJECTIVES
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
@@ -98,16 +98,25 @@ class PretrainArguments:
     peak_share: float = 0.35  # part of the device's peak that the model's own arithmetic is assumed to reach
 
     def __post_init__(self) -> None:
-        self._check_types()
-        choices = {
-            "objective": OBJECTIVES,
-            "precision": PRECISIONS,
-            "templates": TEMPLATE_KINDS,
-            "bad_samples": ("skip", "raise"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        check_fields(
+            self,
+            from_zero=(
+                "seed",
+                "warmup_steps",
+                "chunk_size",
+                "processes",
+                "workers",
+                "image_size",
+                "window_size",
+                "zero_stage",
+            ),
+            choices={
+                "objective": OBJECTIVES,
+                "precision": PRECISIONS,
+                "templates": TEMPLATE_KINDS,
+                "bad_samples": ("skip", "raise"),
+            },
+        )
         if self.locked and not self.init_from:
             raise ValueError("locked: expected init_from with a trained image tower, got none")
         if self.streaming and not self.sources:
@@ -129,22 +138,6 @@ class PretrainArguments:
         for name in ("sources", "held_out"):
             if getattr(self, name):
                 make_sources(getattr(self, name), name)
-
-    def _check_types(self) -> None:
-        """Refuse a field of another type, or a number out of range."""
-        from_zero = ("seed", "warmup_steps", "chunk_size", "processes", "workers", "image_size", "window_size")
-        least = dict.fromkeys((*from_zero, "zero_stage"), 0)  # of the integers; 1 for the others
-        for own in fields(self):
-            name, value = own.name, getattr(self, own.name)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if own.type is int and not (isinstance(value, int) and is_number and value >= least.get(name, 1)):
-                raise ValueError(f"{name}: expected an integer >= {least.get(name, 1)}, got {value!r}")
-            if own.type is float and not (is_number and 0 <= value < math.inf):
-                raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
-            if own.type is str and not isinstance(value, str):
-                raise ValueError(f"{name}: expected a text, got {value!r}")
-            if own.type is bool and not isinstance(value, bool):
-                raise ValueError(f"{name}: expected true or false, got {value!r}")
 
 
 __all__ = ["FIXED", "PretrainArguments"]

@@ -1,11 +1,12 @@
 """Arguments of a recipe: the command line wins over the file, the file over the defaults, and strangers are named."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from transformers_florence.training.arguments import parse_arguments
+from transformers_florence.training.arguments import check_fields, parse_arguments
 
 
 @dataclass
@@ -44,3 +45,34 @@ def test_a_file_that_is_refused(config, text, message):
     config.write_text(text)
     with pytest.raises(ValueError, match=message):
         parse_arguments(Recipe, ["--config", str(config)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps: expected an integer >= 1, got 0"),
+        ({"steps": 2.0}, "steps: expected an integer >= 1, got 2.0"),
+        ({"steps": True}, "steps: expected an integer >= 1, got True"),
+        ({"rest": -1}, "rest: expected an integer >= 0, got -1"),
+        ({"rate": -0.1}, "rate: expected a finite number >= 0, got -0.1"),
+        ({"rate": float("inf")}, "rate: expected a finite number >= 0, got inf"),
+        ({"rate": "1"}, "rate: expected a finite number >= 0, got '1'"),
+        ({"name": 3}, "name: expected a text, got 3"),
+        ({"name": "c"}, "name: expected one of a, b, got 'c'"),
+        ({"flag": 1}, "flag: expected true or false, got 1"),
+    ],
+)
+def test_a_field_of_another_type_or_out_of_range_is_refused(changes, message):
+    @dataclass
+    class Fields:
+        steps: int = 1
+        rest: int = 0
+        rate: float = 0
+        name: str = "a"
+        flag: bool = False
+        sources: tuple = ()
+
+    check = partial(check_fields, from_zero=("rest",), choices={"name": ("a", "b")})
+    check(Fields())
+    with pytest.raises(ValueError, match=message):
+        check(Fields(**changes))

@@ -201,7 +201,7 @@ def test_ranks_and_workers_do_not_change_a_batch():
         ({"epochs": True}, (), "epochs: expected an integer >= 1, got True"),
         ({"blocks": -1}, (), "blocks: expected an integer >= 0, got -1"),
         ({"learning_rate": math.nan}, (), "learning_rate: expected a finite number >= 0, got nan"),
-        ({"output": 3}, (), "output: expected a str, got 3"),
+        ({"output": 3}, (), "output: expected a text, got 3"),
         ({"mode": "c"}, (), "mode: expected one of a, b, got 'c'"),
         ({"precision": "float16"}, (), "precision: expected one of auto, float32, bfloat16"),
         ({"ema_decay": 1.0}, (), "ema_decay: expected less than 1, got 1.0"),

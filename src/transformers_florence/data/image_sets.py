@@ -10,7 +10,7 @@ import torch
 from torchvision import datasets as official
 
 from .files import load_json, metadata_rows
-from .prompts import PHOTO_TEMPLATES
+from .prompts import PHOTO_TEMPLATES, normalize_text
 
 BENCHMARKS_FILE = Path(__file__).with_name("benchmark_sets.json")
 METADATA = "metadata.jsonl"
@@ -145,7 +145,7 @@ def check_class_names(names: Sequence[str], where: str) -> None:
         raise ValueError(f"{where}: expected names that are not empty, got {names[empty[0]]!r} for class {empty[0]}")
     first: dict[str, int] = {}
     for number, name in enumerate(names):
-        other = first.setdefault(" ".join(name.lower().split()), number)
+        other = first.setdefault(normalize_text(name), number)
         if other != number:
             raise ValueError(f"{where}: expected different names, got {name!r} for the classes {other} and {number}")
 

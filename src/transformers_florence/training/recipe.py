@@ -2,13 +2,12 @@
 
 import copy
 import json
-import math
 import os
 import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
+from .arguments import check_fields
 from .checkpointing import SHARDED, resume_training, save_checkpoint
 from .optimization import moving_average
 from .sharding import make_accelerator
@@ -70,18 +70,7 @@ class RecipeArguments:
     }
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value, least = getattr(self, field.name), 0 if field.name in self.from_zero else 1
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if field.type is int and not (isinstance(value, int) and is_number and value >= least):
-                raise ValueError(f"{field.name}: expected an integer >= {least}, got {value!r}")
-            if field.type is float and not (is_number and 0 <= value < math.inf):
-                raise ValueError(f"{field.name}: expected a finite number >= 0, got {value!r}")
-            if field.type in (str, bool) and not isinstance(value, field.type):
-                raise ValueError(f"{field.name}: expected a {field.type.__name__}, got {value!r}")
-            allowed = self.choices.get(field.name)
-            if allowed and value not in allowed:
-                raise ValueError(f"{field.name}: expected one of {', '.join(allowed)}, got {value!r}")
+        check_fields(self, from_zero=self.from_zero, choices=self.choices)
         if self.ema_decay >= 1:
             raise ValueError(f"ema_decay: expected less than 1, got {self.ema_decay}")
         if self.seed >= 1 << 31:
