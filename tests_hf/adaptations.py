@@ -219,6 +219,8 @@ class Named(Pictures):
     """A detector of classes that are given as texts, beside the pictures in the inputs."""
 
     additional_model_inputs = ["input_ids", "attention_mask"]
+    test_resize_embeddings = True
+    test_model_get_set_embeddings = Pairs.test_model_get_set_embeddings
 
 
 class Overfit:

@@ -91,6 +91,8 @@ class FlorenceForZeroShotObjectDetection(FlorenceForObjectDetection):
     """
 
     config: FlorenceZeroShotDetectionConfig
+    get_input_embeddings = FlorenceModel.get_input_embeddings
+    set_input_embeddings = FlorenceModel.set_input_embeddings
     input_modalities = ("image", "text")  # type: ignore[assignment]
     _no_split_modules = ["DynamicHeadBlock", "CLIPEncoderLayer"]
 
