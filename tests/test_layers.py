@@ -87,6 +87,7 @@ def test_drop_path_draws_anew_and_keeps_dtype_and_gradient(dtype):
 def test_linear_is_torchs_however_it_is_computed(monkeypatch, shape, bias, fast):
     """Values and gradients of all inputs, also of a grid whose memory is not in order."""
     monkeypatch.setattr(layers, "HAS_FAST_CONVOLUTION", fast)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # or float32 would never be fast
     layer = randomize(Linear(8, 12, bias=bias))
     for grid in (torch.randn(*shape, 8), torch.randn(8, *shape).movedim(0, -1)):
         grid.requires_grad_()
@@ -103,12 +104,18 @@ def test_linear_is_torchs_however_it_is_computed(monkeypatch, shape, bias, fast)
 
 
 def test_linear_takes_the_convolution_where_it_is_faster(monkeypatch):
-    """Double precision, vectors, autocast, and bfloat16 from many channels go the plain way; so does a compiler."""
+    """Double precision, vectors, autocast, bfloat16 from many channels and float32 on one thread go the plain way; so
+    does a compiler.
+    """
     monkeypatch.setattr(layers, "HAS_FAST_CONVOLUTION", True)
     taken = []
     conv2d = F.conv2d
     monkeypatch.setattr(F, "conv2d", lambda *arguments: taken.append(1) or conv2d(*arguments))
     layer = Linear(8, 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    layer(torch.randn(2, 3, 8))
+    assert not taken
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     layer(torch.randn(2, 3, 8))
     assert len(taken) == 1
     layer(torch.randn(3, 8))

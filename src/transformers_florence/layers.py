@@ -60,6 +60,8 @@ class Linear(nn.Linear):
             or hidden_states.shape[-1] != self.in_features  # `F.linear` says so, a reshape would take it
             or not (runs_at_once_on_cpu(hidden_states) and runs_at_once_on_cpu(self.weight))
             or torch.is_autocast_enabled("cpu")
+            # With one thread torch keeps a float32 convolution of 1 x 1 to itself, and is slower than `F.linear`.
+            or (self.weight.dtype == torch.float32 and torch.get_num_threads() == 1)
         ):
             return super().forward(hidden_states)
         rows = hidden_states.reshape(1, -1, 1, self.in_features).permute(0, 3, 1, 2)  # one picture, channels last
