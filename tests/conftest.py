@@ -9,8 +9,9 @@ import os
 import random
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 _hf_home = tempfile.TemporaryDirectory(prefix="florence-tests-")  # removed when the process ends
 os.environ["HF_HOME"] = _hf_home.name  # a reader's own cache neither helps nor hinders, and workers never share one
@@ -91,3 +92,16 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs the folder `shared` beside the clone; put it there and run `make test` again")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def parity_file(shared) -> Callable[[str], dict[str, Any]]:
+    """The cases of one file of `../shared/parity`; a test that needs one skips without it."""
+
+    def load(name: str) -> dict[str, Any]:
+        path = shared / "parity" / name
+        if not path.is_file():
+            pytest.skip(f"needs {name} in `shared/parity`, which lies beside the clone; put it there and run again")
+        return torch.load(path, weights_only=True)
+
+    return load

@@ -75,16 +75,9 @@ def window_of(tensors: Tensors, stage: int, prefix: str = "") -> int:
 
 
 @pytest.fixture(scope="session")
-def parity(shared) -> Callable[[str, str], dict[str, Any]]:
+def parity(parity_file) -> Callable[[str, str], dict[str, Any]]:
     """One case of one file of `../shared/parity`."""
-
-    def load(file: str, case: str) -> dict[str, Any]:
-        path = shared / "parity" / file
-        if not path.is_file():
-            pytest.skip(f"needs {file} in `shared/parity`, which lies beside the clone; put it there and run again")
-        return torch.load(path, weights_only=True)[case]
-
-    return load
+    return lambda file, case: parity_file(file)[case]
 
 
 # ------------------------------------------------------------------------------------------------------------ UniCL

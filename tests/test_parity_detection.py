@@ -24,11 +24,8 @@ TOWER_CASES = pytest.mark.parametrize("name", ["tower_1block_2lvl", "tower_odd_s
 
 
 @pytest.fixture(scope="module")
-def parity(shared) -> dict[str, Any]:
-    path = shared / "parity" / "dyhead.pt"
-    if not path.is_file():
-        pytest.skip("needs dyhead.pt in `shared/parity`, which lies beside the clone; put it there and run again")
-    return torch.load(path, weights_only=True)
+def parity(parity_file) -> dict[str, Any]:
+    return parity_file("dyhead.pt")
 
 
 def config_of(channels: int, blocks: int = 1, **fields: Any) -> FlorenceDetectionConfig:

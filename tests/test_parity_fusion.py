@@ -60,11 +60,8 @@ def convert(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def parity(shared) -> dict[str, Any]:
-    path = shared / "parity" / "meter.pt"
-    if not path.is_file():
-        pytest.skip("needs meter.pt in `shared/parity`, which lies beside the clone; put it there and run again")
-    return torch.load(path, weights_only=True)
+def parity(parity_file) -> dict[str, Any]:
+    return parity_file("meter.pt")
 
 
 def build(model_class, case: dict[str, Any]):

@@ -67,16 +67,9 @@ def fields(config: dict[str, Any], **others: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def parity(shared) -> Callable[[str], dict[str, Any]]:
+def parity(parity_file) -> Callable[[str], dict[str, Any]]:
     """One case of `../shared/parity/videoswin.pt`."""
-
-    def load(case: str) -> dict[str, Any]:
-        path = shared / "parity" / "videoswin.pt"
-        if not path.is_file():
-            pytest.skip(f"needs {path.name} in `shared/parity`, beside the clone; put it there and run again")
-        return torch.load(path, weights_only=True)[case]
-
-    return load
+    return lambda case: parity_file("videoswin.pt")[case]
 
 
 def classifier(case: dict[str, Any], **others: Any) -> FlorenceForVideoClassification:
