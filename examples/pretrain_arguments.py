@@ -47,7 +47,7 @@ class PretrainArguments:
     workers: int = 0  # processes that read and decode, for each training process
     bad_samples: str = "skip"  # what a picture that cannot be read does: be passed over and counted, or raise
     templates: str = "photo"  # of which short texts are put into one: photo or drawing
-    leave_out_templated: bool = False  # the paper's second stage: short texts are not drawn at all
+    leave_out_templated: bool = False  # the paper's second stage: texts in templates are not drawn at all
     # Model
     output: str = "runs/florence-nano"
     size: str = "nano"
@@ -121,8 +121,11 @@ class PretrainArguments:
             raise ValueError("locked: expected init_from with a trained image tower, got none")
         if self.streaming and not self.sources:
             raise ValueError("streaming: expected sources to stream, got none")
-        if self.leave_out_templated and not self.sources:
-            raise ValueError("leave_out_templated: expected sources, got none: the corpus draws texts of its own")
+        if self.leave_out_templated and not self.sources and self.category_batches + self.keyword_batches > 0:
+            raise ValueError(
+                "leave_out_templated: expected category_batches and keyword_batches of 0, as their texts stand in "
+                f"templates, got {self.category_batches} and {self.keyword_batches}"
+            )
         if self.seed >= 1 << 31:
             raise ValueError(f"seed: expected less than 2 to the power of 31, got {self.seed}")
         for name in ("category_batches", "keyword_batches", "small_part", "augmentation", "peak_share"):

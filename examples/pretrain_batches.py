@@ -69,13 +69,13 @@ class Batches(ABC):
 
     Attributes:
         identity: what a checkpoint of the run belongs to, beside its arguments; a hash.
-        num_labels: of the prototypes; 0 where there are none.
+        label_names: the texts of the labels that have prototypes, by their numbers; none where there are none.
         steps_of_epoch: steps until every picture was there; None where nobody knows.
         skipped: bad samples that this process has passed over.
     """
 
     identity: str
-    num_labels = 0
+    label_names: Sequence[str] = ()
     steps_of_epoch: int | None = None
     skipped = 0
 
@@ -160,22 +160,27 @@ class CorpusBatches(Batches):
         local = arguments.batch_size // ranks
         self.part = slice(rank * local, (rank + 1) * local)
         self.with_category = (corpus.categories >= 0).nonzero()[:, 0].numpy()
-        self.steps_of_epoch = self.per_epoch = len(corpus) // arguments.batch_size
+        self.templates = () if arguments.leave_out_templated else DRAWING_TEMPLATES
+        # The rows that have a text of the kinds that are drawn.
+        self.rows = np.array([row for row in range(len(corpus)) if self.templates or corpus.has_more_than_a_name(row)])
+        self.steps_of_epoch = self.per_epoch = len(self.rows) // arguments.batch_size
         if self.per_epoch == 0:
-            raise ValueError(f"expected at least batch_size={arguments.batch_size} pictures, got {len(corpus)}")
+            raise ValueError(f"expected at least batch_size={arguments.batch_size} pictures, got {len(self.rows)}")
         self.identity = hashlib.sha256("\n".join(corpus_texts(corpus)).encode()).hexdigest()
-        self.num_labels = int(corpus.labels.max()) + 1 if arguments.objective != "clip" else 0
+        if arguments.objective != "clip":
+            names = dict(zip(corpus.labels.tolist(), corpus.names, strict=True))
+            self.label_names = [names[label] for label in range(len(names))]
 
     def __str__(self) -> str:
-        return f"{len(self.corpus)} pictures, {len(set(self.corpus.names))} names"
+        return f"{len(self.rows)} pictures, {len(set(self.corpus.names))} names"
 
     def draw_names(self, step: int, rng: np.random.Generator) -> tuple[np.ndarray, list[str], torch.Tensor]:
         """Rows in the epoch's order, a text of each, and the numbers of their names."""
         epoch, position = divmod(step, self.per_epoch)
         size = self.arguments.batch_size
-        order = np.random.default_rng([self.arguments.seed, 1 << 32, epoch]).permutation(len(self.corpus))
+        order = np.random.default_rng([self.arguments.seed, 1 << 32, epoch]).permutation(self.rows)
         rows = order[position * size : (position + 1) * size]
-        return rows, [self.corpus.draw_text(row, DRAWING_TEMPLATES, rng) for row in rows], self.corpus.labels[rows]
+        return rows, [self.corpus.draw_text(row, self.templates, rng) for row in rows], self.corpus.labels[rows]
 
     def draw_categories(self, rng: np.random.Generator) -> tuple[np.ndarray, list[str], torch.Tensor] | None:
         """Rows, the words of their categories and the categories' numbers; None if too few rows have one."""

@@ -49,6 +49,7 @@ from transformers_florence import (
     load_checkpoint,
 )
 from transformers_florence.data.picture_corpus import PictureCorpus, load_split
+from transformers_florence.evaluation.zero_shot import embed_texts
 from transformers_florence.training.arguments import parse_arguments
 from transformers_florence.training.budget import GIB, Plan, Shape, forward_flops, peak_flops, plan_training
 from transformers_florence.training.checkpointing import resume_training, save_checkpoint
@@ -245,10 +246,14 @@ def main(argv: list[str] | None = None) -> None:
     objective = ContrastiveObjective(
         model,
         objective=arguments.objective,
-        num_labels=batches.num_labels,
+        num_labels=len(batches.label_names),
         prototype_weight=arguments.prototype_weight,
         alignment_weight=arguments.alignment_weight,
     )
+    if objective.prototypes is not None and arguments.init_from:
+        # Random ones would draw the trained texts away from where they are.
+        names = embed_texts(model, processor.tokenizer, batches.label_names)
+        objective.prototypes.data.copy_(names)
     if stage is not None:
         keep_scalars_as_vectors(objective)
     rates = {

@@ -22,10 +22,13 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_
     assert arguments.batch_size == PretrainArguments.batch_size
 
 
-def test_the_shipped_recipe_is_complete():
-    file = Path(pretrain_unicl.__file__).parent / "configs" / "florence_nano.yaml"
-    arguments = parse_arguments(["--config", str(file)])
-    assert (arguments.size, arguments.objective) == ("nano", "unicl")
+def test_the_shipped_recipes_go_on_from_each_other():
+    files = ("florence_nano.yaml", "florence_nano_stage2.yaml", "florence_nano_stage3.yaml")
+    stages = [parse_arguments(["--config", str(CONFIGS / file)]) for file in files]
+    assert {(stage.size, stage.objective, stage.batch_size) for stage in stages} == {("nano", "unicl", 256)}
+    assert [stage.leave_out_templated for stage in stages] == [False, True, False]
+    assert [stage.image_size for stage in stages] == [0, 0, 96]
+    assert [stage.init_from for stage in stages] == ["", *(f"{stage.output}/model" for stage in stages[:2])]
 
 
 def test_the_papers_stages_go_on_from_each_other():
@@ -65,7 +68,10 @@ def test_the_papers_stages_go_on_from_each_other():
         ("corpus: 3\n", "corpus: expected a text, got 3"),
         ("streaming: 3\n", "streaming: expected true or false, got 3"),
         ("streaming: true\n", "streaming: expected sources to stream, got none"),
-        ("leave_out_templated: true\n", "leave_out_templated: expected sources, got none"),
+        (
+            "leave_out_templated: true\ncategory_batches: 0\n",
+            "expected category_batches and keyword_batches of 0, .* got 0 and 0.15",
+        ),
         ("sources: pictures\n", "sources: expected a list of mappings with a path and a text, got 'pictures'"),
         ("sources: [3]\n", r"sources: expected a list of mappings with a path and a text, got \[3\]"),
         ("sources: [{path: a, txt: b}]\n", "sources: expected mappings with some of .*'weight'.*: .*txt"),

@@ -161,6 +161,21 @@ def test_without_enough_categories_every_batch_is_of_names(batches):
     assert len(set(make(0)["labels"].tolist())) > len(set(make.corpus.category_names))
 
 
+def test_the_second_stage_of_a_corpus_says_more_than_names(batches, monkeypatch):
+    stage = {"leave_out_templated": True, "category_batches": 0, "keyword_batches": 0, "context_length": 96}
+    monkeypatch.setattr(
+        PictureCorpus, "has_more_than_a_name", lambda self, row: row % 2 == 0 and bool(self.keywords[row])
+    )
+    make = batches(**stage)
+    drawn = [row for step in range(make.steps_of_epoch) for row in make(step)["samples"]]
+    assert sorted(drawn) == list(range(0, 64, 2)), "an epoch is of the rows that have such texts"
+    batch = make(0)
+    for row, tokens in zip(batch["samples"], batch["input_ids"], strict=True):
+        text = " ".join(make.tokenizer.decode(tokens, skip_special_tokens=True).split())
+        name = make.corpus.names[row]
+        assert text.startswith(name) and len(text) > len(name) + 2, "no template, and more than the name"
+
+
 def test_keyword_batches_say_a_keyword_of_each_picture_and_no_other_picture_has_it(batches, monkeypatch):
     make = batches(category_batches=0, keyword_batches=1, context_length=96)
     record_augmentation(monkeypatch, lambda pixels: pixels)

@@ -38,8 +38,10 @@ from tests.tiny_pretraining import (
 from tests.tiny_shards import BROKEN, sentence
 from transformers_florence import FlorenceModel, FlorenceProcessor, load_checkpoint
 from transformers_florence import configuration_florence as sizes
+from transformers_florence.data.picture_corpus import PictureCorpus, load_split
 from transformers_florence.training import tracking
 from transformers_florence.training.budget import forward_flops
+from transformers_florence.training.objectives import ContrastiveObjective
 
 
 class Killed(BaseException):
@@ -422,6 +424,25 @@ def test_other_sources_are_another_run(sources, tmp_path):
     pretrain(None, tmp_path, sources=sources, batch_size=8, steps=1)
     with pytest.raises(ValueError, match="holds another run: .* texts"):
         pretrain(None, tmp_path, sources=sources[:1], batch_size=8, steps=2)
+
+
+def test_prototypes_of_a_trained_model_are_where_its_texts_are(corpus, run, tmp_path, monkeypatch):
+    made = []
+
+    class Recorded(ContrastiveObjective):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(pretrain_unicl, "ContrastiveObjective", Recorded)
+    pretrain(corpus, tmp_path, init_from=run / "model", steps=1, learning_rate=0, size=None)
+    rows = PictureCorpus(load_split(corpus, "train"), size=32, progress=False)
+    names = [rows.names[rows.labels.tolist().index(label)] for label in range(int(rows.labels.max()) + 1)]
+    model = load_checkpoint(FlorenceModel, run / "model")
+    tokens = FlorenceProcessor.from_pretrained(run / "model")(text=names, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        wanted = torch.nn.functional.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
+    torch.testing.assert_close(made[0].prototypes.detach(), wanted)
 
 
 def test_the_three_stages_go_on_from_each_other(sources, tmp_path, monkeypatch):

@@ -240,6 +240,26 @@ def test_drawn_texts_take_all_allowed_forms_and_no_other():
     assert lengths == {1, 2, 3, 4}
 
 
+def test_without_templates_a_text_says_more_than_the_name():
+    corpus = corpus_of(
+        ["a cat", "a dog", "a cow", "a hen", "an ox"],
+        keywords=[["pet"], ["pet"], [], [], []],
+        description=["It sleeps.", None, "It moos.", None, None],
+        subgroup=["animals/pets", None, None, "animals", None],
+    )
+    assert [corpus.has_more_than_a_name(row) for row in range(5)] == [True, True, True, True, False]
+    rng = np.random.default_rng(0)
+    drawn = [{corpus.draw_text(row, (), rng) for _ in range(60)} for row in range(4)]
+    assert drawn == [
+        {"a cat: pet", "a cat, pets, animals", "a cat. It sleeps."},
+        {"a dog: pet"},
+        {"a cow. It moos."},
+        {"a hen, animals"},
+    ]
+    with pytest.raises(ValueError, match="row 4: expected keywords, a category or a description, got 'an ox' alone"):
+        corpus.draw_text(4, (), rng)
+
+
 def test_a_category_is_drawn_in_templates():
     corpus = corpus_of(["a cat"], subgroup=["animals/pets"])
     rng = np.random.default_rng(0)

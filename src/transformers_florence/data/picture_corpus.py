@@ -125,9 +125,22 @@ class PictureCorpus:
             text += ": " + ", ".join(self.keywords[row])
         return text
 
+    def has_more_than_a_name(self, row: int) -> bool:
+        """Whether `draw_text` finds a text of a row that stands in no template."""
+        return bool(self.keywords[row] or self.category_names[row] or self.descriptions[row])
+
     def draw_text(self, row: int, templates: Sequence[str], rng: np.random.Generator) -> str:
-        """A random text of a row: its name in a template, with some keywords, its category, or its description."""
+        """A random text of a row: its name in a template, with some keywords, its category, or its description.
+
+        No templates leave the other three (the paper's second stage); ValueError for a row that has none of them.
+        """
         name, keywords, choice = self.names[row], self.keywords[row], rng.random()
+        if not templates:
+            known = ((0.0, keywords), (0.25, self.category_names[row]), (0.35, self.descriptions[row]))
+            kinds = [start for start, words in known if words]
+            if not kinds:
+                raise ValueError(f"row {row}: expected keywords, a category or a description, got {name!r} alone")
+            choice = kinds[int(choice * len(kinds))]
         if choice < 0.25 and keywords:
             count = min(len(keywords), int(rng.integers(1, 5)))
             picked = rng.choice(len(keywords), size=count, replace=False)
