@@ -31,9 +31,11 @@ style: .venv/.dev  ## mend lint and format in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/.dev  ## compare the image and the video tower's speed and memory with their peers
+bench: .venv/.dev  ## compare speed and memory with the peers': towers, detection, fusion (an hour or two)
 	$(BIN)/python benchmarks/vision_tower.py
 	$(BIN)/python benchmarks/video.py
+	$(BIN)/python benchmarks/detection.py
+	$(BIN)/python benchmarks/fusion.py
 
 clean:  ## remove caches and build outputs; .venv stays
 	rm -rf build dist demo .pytest_cache .ruff_cache .mypy_cache .hypothesis
