@@ -5,19 +5,27 @@
     python examples/evaluate_zero_shot.py --data pictures --validation_split valid  # also thresholds for each label
 
 The text tower runs once for a label set: what it made is kept in the cache's folder. Every field of
-`ZeroShotArguments` is an option and a key of the YAML file of `--config`. Each result is one JSON file of the output.
+`ZeroShotArguments` is an option and a key of the YAML file of `--config`. Each result is one JSON file of the output,
+with a confusion matrix and a map of the pictures beside it. Needs the extras `eval` and `train`.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from assemble_results import PUBLISHED, published_table, with_ours
 from evaluation_setup import Evaluation, EvaluationArguments, check_same_classes
 from transformers_florence.data.image_sets import IMAGENET_TEMPLATES, ImageSet, benchmarks, read_benchmark
 from transformers_florence.data.prompts import DRAWING_TEMPLATES
-from transformers_florence.evaluation.classification import METRICS, mean_per_class_accuracy
+from transformers_florence.evaluation.classification import (
+    METRICS,
+    confusion_matrix,
+    label_presence,
+    macro_f1,
+    mean_per_class_accuracy,
+)
+from transformers_florence.evaluation.plots import confusion_figure, map_figure, save_beside
 from transformers_florence.evaluation.results import Result
 from transformers_florence.evaluation.zero_shot import ZeroShotClassifier, top_k_accuracy
 
@@ -49,12 +57,6 @@ def choose_templates(arguments: ZeroShotArguments, name: str) -> tuple[str, ...]
     return TEMPLATES[wanted] if wanted in TEMPLATES else benchmarks()[wanted].templates
 
 
-def macro_f1(found: torch.Tensor, present: torch.Tensor) -> float:
-    """Mean over labels of F1, 0 where nothing was found and nothing is there. (pictures, labels), bool."""
-    both = 2 * (found & present).sum(dim=0)
-    return (both / (found.sum(dim=0) + present.sum(dim=0)).clamp(min=1)).mean().item()
-
-
 def evaluate(evaluation: Evaluation, pictures: ImageSet) -> Result:
     """One set."""
     arguments = evaluation.arguments
@@ -81,15 +83,21 @@ def evaluate(evaluation: Evaluation, pictures: ImageSet) -> Result:
         validation = evaluation.read(arguments.validation_split)
         check_same_classes(pictures, validation)
         held, held_out = evaluation.embed(validation)
-        columns = torch.arange(len(pictures.names))
-        calibrated = classifier.calibrate(held, held_out.labels[:, None] == columns)
-        metrics["label_f1"] = macro_f1(calibrated.present(embeds), labels[:, None] == columns)
+        calibrated = classifier.calibrate(held, *label_presence(held_out.labels, len(pictures.names)))
+        metrics["label_f1"] = macro_f1(calibrated.present(embeds), *label_presence(labels, len(pictures.names)))
     empty = pictures.empty_classes()
     if empty:
         print(
             f"{pictures.name}: {len(empty)} of {len(pictures.names)} classes have no picture: {', '.join(empty[:5])}"
         )
-    return evaluation.report("zero_shot", pictures, metrics, templates_used=len(templates))
+    result = evaluation.report("zero_shot", pictures, metrics, templates_used=len(templates))
+    if labels.ndim == 1:
+        save_beside(
+            result.save(arguments.output),
+            confusion=confusion_figure(confusion_matrix(scores, labels), pictures.names),
+            map=map_figure(embeds, labels, pictures.names, seed=arguments.seed),
+        )
+    return result
 
 
 def main(argv: list[str] | None = None) -> list[Result]:
@@ -108,6 +116,7 @@ def main(argv: list[str] | None = None) -> list[Result]:
         results.append(evaluate(evaluation, pictures))
     if not results:
         raise ValueError(f"expected official archives in {Path(arguments.data)}, got none of the twelve")
+    print(published_table(with_ours(json.loads(PUBLISHED.read_text("utf-8"))[0], results)))  # the paper's table 1
     return results
 
 

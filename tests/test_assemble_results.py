@@ -46,6 +46,23 @@ def test_figures_of_the_paper():
         assert cells[-1] == pytest.approx(sum(cells[:-1]) / 4, abs=0.15)
 
 
+def test_our_row_stands_below_the_papers_zero_shot_table():
+    """In per cent, with the metric of each set, of official archives only."""
+    results = [
+        result(data="cars", metrics={"top1": 0.1234, "mean_per_class": 0.9}, settings={"data": "cars:/data"}),
+        result(data="pets", metrics={"top1": 0.9, "mean_per_class": 0.25}, settings={"benchmarks": True}),
+        result(data="voc2007", metrics={"map_11_point": 0.5}, settings={"benchmarks": True}),
+        result(data="dtd", settings={"data": "a/dtd"}),  # a folder of this name, whatever is in it
+        result(data="food101", task="linear_probe", settings={"data": "food101:/data"}),
+    ]
+    table = json.loads(assemble_results.PUBLISHED.read_text())[0]
+    assert table["columns"][4::2] == ["Cars", "VOC07", "Pets", "Flowers"] and len(table["columns"]) == 12
+    row = "| nano, here | - | - | - | - | 12.3 | - | 50.0 | - | 25.0 | - | - | - |"
+    assert row in assemble_results.published_table(assemble_results.with_ours(table, results))
+    assert row in assemble_results.assemble(results, [table])
+    assert "here |" not in assemble_results.assemble(results[3:], [table])
+
+
 def test_a_row_of_another_length_is_refused():
     table = {"title": "T", "columns": ["a", "b"], "rows": [["x", [1.0]]], "source": "s", "runs": "r", "command": ""}
     with pytest.raises(ValueError, match="T, x: expected 2 cells, got 1"):

@@ -1,9 +1,18 @@
 """transformers' own CLIP and SigLIP with random weights, as small as the tiny Florence, and pictures for them."""
 
 import json
+from pathlib import Path
 
 import torch
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, SiglipConfig, SiglipModel
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    SiglipConfig,
+    SiglipModel,
+)
 
 from tests.tiny_florence import CONTEXT, DIM, SIDE, VOCABULARY, tiny_tokenizer
 
@@ -44,3 +53,12 @@ def tiny_siglip() -> tuple[SiglipModel, CLIPTokenizer]:
 def tiny_clip_image_processor() -> CLIPImageProcessor:
     size = {"height": SIDE, "width": SIDE}
     return CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False)
+
+
+def save_peer(kind: str, folder: Path) -> tuple[CLIPModel | SiglipModel, CLIPProcessor]:
+    """A tiny "clip" or "siglip" with its processor in a folder, as scripts take it."""
+    model, tokenizer = {"clip": tiny_clip, "siglip": tiny_siglip}[kind]()
+    processor = CLIPProcessor(tiny_clip_image_processor(), tokenizer)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model, processor

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from sklearn.metrics import balanced_accuracy_score
+from sklearn.metrics import balanced_accuracy_score, f1_score
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 from torch.testing import assert_close
+from torchmetrics.functional.classification import binary_precision_at_fixed_recall
 
 from tests.tiny_florence import random_pixels, tiny_model
 from transformers_florence.data.image_sets import benchmarks
@@ -13,6 +14,8 @@ from transformers_florence.evaluation.classification import (
     accuracy,
     confusion_matrix,
     interpolate_weights,
+    label_presence,
+    macro_f1,
     map_11_point,
     mean_per_class_accuracy,
 )
@@ -61,6 +64,35 @@ def test_voc_average_precision_at_a_recall_of_three_tenths():
     scores = -torch.arange(17.0)[:, None]
     wanted = (4 * 1.0 + 7 * 10 / 17) / 11  # levels 0 to 0.3, then the best later precision, 10 of 17
     assert map_11_point(scores, marks) == pytest.approx(wanted)
+
+
+def test_voc_average_precision_is_the_mean_of_torchmetrics_precisions_at_fixed_recalls():
+    """Where the best score is a hit: torchmetrics' curve has a precision of 1 at a recall of 0 in any case."""
+    scores, marks = torch.rand(70, 3), torch.where(torch.rand(70, 3) < 0.4, 1, -1)
+    marks[scores.argmax(dim=0), torch.arange(3)] = 1
+    wanted = [
+        binary_precision_at_fixed_recall(scores[:, number], (marks[:, number] == 1).long(), min_recall=level / 10)[0]
+        for number in range(3)
+        for level in range(11)
+    ]
+    hits = (marks == 1).sum(dim=0)
+    assert (hits % 10 > 0).all()  # else a recall of three tenths is a matter of rounding there
+    assert map_11_point(scores, marks) == pytest.approx(torch.stack(wanted).mean().item())
+    assert map_11_point(scores, marks) < 0.8
+
+
+def test_classes_of_pictures_as_masks():
+    """One class each, several with difficult ones, and scikit-learn's F1 of those that count."""
+    present, counted = label_presence(torch.tensor([2, 0]), 3)
+    assert present.tolist() == [[False, False, True], [True, False, False]] and counted.all()
+    marks = torch.randint(-1, 2, (40, 3))
+    present, counted = label_presence(marks, 3)
+    assert torch.equal(present, marks == 1) and torch.equal(counted, marks != 0)
+    found = torch.rand(40, 3) < 0.5
+    wanted = [f1_score(marks[rows, n] == 1, found[rows, n]) for n, rows in enumerate((marks != 0).T)]
+    assert macro_f1(found, present, counted) == pytest.approx(sum(wanted) / 3)
+    assert macro_f1(found, present, torch.ones_like(counted)) != pytest.approx(sum(wanted) / 3)
+    assert macro_f1(*torch.zeros(3, 5, 2, dtype=torch.bool)) == 0
 
 
 def test_marks_that_do_not_fit_are_refused():

@@ -1,4 +1,4 @@
-"""The linear probe against scikit-learn by hand, and its search against a walk over all strengths."""
+"""The linear probes against scikit-learn by hand, and their search against a walk over all strengths."""
 
 import math
 
@@ -9,7 +9,8 @@ from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from transformers_florence.evaluation.linear_probe import fit_linear_probe, search_strength
+from transformers_florence.evaluation.classification import map_11_point
+from transformers_florence.evaluation.linear_probe import fit_linear_probe, fit_multi_label_probe, search_strength
 
 DIM = 6
 
@@ -94,3 +95,74 @@ def test_what_is_refused(change, message):
 def test_one_class_is_no_classification():
     with pytest.raises(ValueError, match="at least two classes, of every one, got 1 class"):
         fit_linear_probe(*clouds(8, 1, 1), *clouds(8, 1, 2), 1)
+
+
+def marked(count: int, classes: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Points on either side of a plane a class, near to which some are difficult."""
+    planes = torch.randn(DIM, classes, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(count, DIM, generator=generator)
+    sides = features @ planes + torch.randn(count, classes, generator=generator)
+    return features, torch.where(sides.abs() < 0.3, 0, sides.sign().long())
+
+
+def test_each_of_several_classes_has_a_regression_of_its_own():
+    """scikit-learn's of one class at a time, without the pictures where it is difficult."""
+    train, validation = marked(60, 3, 1), marked(40, 3, 2)
+    assert all((marks == value).any(dim=0).all() for _, marks in (train, validation) for value in (-1, 0, 1))
+    probe = fit_multi_label_probe(*train, *validation)
+    features, marks = (torch.cat(parts) for parts in zip(train, validation, strict=True))
+    unseen = marked(50, 3, 3)[0]
+    for number, scores in enumerate(probe.scores(unseen).T):
+        counted = marks[:, number] != 0
+        wanted = LogisticRegression(C=1 / probe.strength, max_iter=1000)
+        wanted.fit(features[counted].numpy(), (marks[counted, number] == 1).numpy())
+        assert_close(scores.sigmoid(), torch.from_numpy(wanted.predict_proba(unseen)[:, 1]), atol=1e-4, rtol=0)
+    assert probe.unconverged == 0 and probe.weight.shape == (3, DIM)
+
+
+def test_the_probe_of_several_classes_minimises_the_penalised_loss():
+    train, validation = marked(60, 3, 1), marked(40, 3, 2)
+    probe = fit_multi_label_probe(*train, *validation)
+    features, marks = (torch.cat(parts) for parts in zip(train, validation, strict=True))
+    weight = probe.weight.double().requires_grad_(True)
+    logits = features.double() @ weight.T + probe.bias.double()
+    loss = (F.softplus(-marks * logits) * (marks != 0)).sum()  # log(1 + exp(-mark * logit))
+    (loss + probe.strength / 2 * weight.square().sum()).backward()
+    assert weight.grad.abs().max() < 1e-2 * features.abs().sum() / len(features)
+
+
+def test_the_strength_of_several_classes_is_that_of_the_best_mean_precision():
+    train, validation = marked(30, 3, 1), marked(60, 3, 2)
+    probe = fit_multi_label_probe(*train, *validation)
+    for strength, score in probe.sweep.items():
+        columns = []
+        for number in range(3):
+            counted = train[1][:, number] != 0
+            fitted = LogisticRegression(C=1 / strength, max_iter=1000)
+            fitted.fit(train[0][counted].numpy(), train[1][counted, number].numpy())
+            columns.append(torch.from_numpy(fitted.decision_function(validation[0].numpy())))
+        assert score == pytest.approx(map_11_point(torch.stack(columns, dim=1), validation[1]), abs=0.01)
+    assert probe.sweep[probe.strength] == max(probe.sweep.values())
+    assert len(set(probe.sweep.values())) > 1
+    assert fit_multi_label_probe(*train, *validation, max_iterations=1).unconverged > 15  # fits of single classes
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data[0].__setitem__((3, 2), float("nan")), "expected finite features, got NaN .* in 1 of 60"),
+        (lambda data: data.__setitem__(1, data[1][:, 0]), r"features: expected int64 marks of shape \(60, classes\)"),
+        (lambda data: data.__setitem__(1, data[1].float()), "got torch.float32"),
+        (lambda data: data.__setitem__(3, data[3][:-1]), "validation_features: expected int64 marks of shape"),
+        (lambda data: data[3].__setitem__((0, 0), 2), "validation_features: expected marks from -1 to 1, got -1 to 2"),
+        (lambda data: data[1].__setitem__((slice(None), 1), -1), "features: expected .* got none with the classes 1"),
+        (lambda data: data[3].clamp_(min=0), "validation_features: .* got none without the classes 0, 1, 2"),
+        (lambda data: data.__setitem__(3, data[3][:, :2]), "in both splits, got 3 and 2 classes"),
+    ],
+)
+def test_marks_that_are_refused(change, message):
+    data = [*marked(60, 3, 1), *marked(40, 3, 2)]
+    change(data)
+    with pytest.raises(ValueError, match=message):
+        fit_multi_label_probe(*data)

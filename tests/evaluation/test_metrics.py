@@ -6,7 +6,12 @@ import torch
 from torch.nn import functional as F
 
 from transformers_florence.evaluation.classification import map_11_point
-from transformers_florence.evaluation.metrics import ElevenPointAveragePrecision, RetrievalRecall
+from transformers_florence.evaluation.metrics import (
+    DetectionInTheWild,
+    ElevenPointAveragePrecision,
+    RetrievalRecall,
+    VqaAccuracy,
+)
 from transformers_florence.evaluation.retrieval import evaluate_retrieval
 
 
@@ -39,3 +44,22 @@ def test_average_precision():
     scores, marks = np.random.default_rng(0).normal(size=(30, 4)), torch.randint(-1, 2, (30, 4))
     found = ElevenPointAveragePrecision().compute(predictions=scores.tolist(), references=marks.tolist())
     assert found["map_11_point"] == pytest.approx(map_11_point(torch.tensor(scores), marks))
+
+
+def test_vqa_accuracy():
+    """0.6 and 0.3 for two and one of ten annotators are the metric's author's; articles and case do not count."""
+    metric = VqaAccuracy()
+    metric.add_batch(predictions=["No", "yes"], references=[["yes"] * 8 + ["no"] * 2, ["yes"] * 8 + ["no"] * 2])
+    metric.add_batch(predictions=["a dog"], references=[["cat"] * 9 + ["dog"]])
+    assert metric.compute() == {"vqa_accuracy": pytest.approx((0.6 + 1 + 0.3) / 3)}
+    with pytest.raises(ValueError, match="expected the answers of annotators, got none"):
+        metric.compute(predictions=["yes"], references=[[]])
+
+
+def test_the_detection_benchmarks_average():
+    """A mean of means: three seeds of one set weigh as much as one of another."""
+    names, values = ["Aquarium"] * 3 + ["PKLot", "BCCD"], [0.1, 0.2, 0.6, 0.5, 0.7]
+    found = DetectionInTheWild().compute(predictions=values, references=names)
+    assert found == {"average": pytest.approx((0.3 + 0.5 + 0.7) / 3), "sets": 3}
+    with pytest.raises(ValueError, match="expected scores of Aquarium, BCCD.*, got COCO"):
+        DetectionInTheWild().compute(predictions=[0.5], references=["COCO"])

@@ -275,6 +275,22 @@ def test_calibration_needs_a_picture_of_each_label(built):
         classifier.calibrate(embeds, present)
 
 
+def test_thresholds_come_from_the_pictures_that_count():
+    """The decisions on these are those of thresholds from them alone, a label at a time."""
+    logits = torch.randn(60, 3)
+    present, counted = torch.rand(60, 3) < (logits / 2).sigmoid(), torch.rand(60, 3) < 0.6
+    thresholds = best_thresholds(logits, present, "abc", counted)
+    for number, rows in enumerate(counted.T):
+        column = logits[rows, number]
+        alone = best_thresholds(column[:, None], present[rows, number][:, None], "a")
+        assert torch.equal(column >= thresholds[number], column >= alone)
+    assert not torch.allclose(thresholds, best_thresholds(logits, present, "abc"))
+    with pytest.raises(ValueError, match=r"expected counted as bool of shape \(60, 3\), got torch.int64 \(60, 3\)"):
+        best_thresholds(logits, present, "abc", counted.long())
+    with pytest.raises(ValueError, match="expected pictures of every label, got none of 'a', 'b', 'c'"):
+        best_thresholds(logits, present, "abc", ~present)
+
+
 def test_vectors_that_are_not_finite_or_of_another_length_are_refused(built):
     *_, classifier, embeds = built
     with pytest.raises(ValueError, match="expected vectors of length 12, got 5"):

@@ -106,7 +106,8 @@ class ImageSet:
             ValueError: a part that is not between 0 and 1, several classes a picture, or nothing to split off.
         """
         if not 0 < part < 1 or self.labels.ndim != 1:
-            raise ValueError(f"expected a part between 0 and 1 of pictures with one class each, got {part}")
+            got = f"{part} of labels of shape {tuple(self.labels.shape)}"
+            raise ValueError(f"expected a part between 0 and 1 of pictures with one class each, got {got}")
         generator = torch.Generator().manual_seed(seed)
         second: list[int] = []
         for number in range(len(self.names)):

@@ -27,6 +27,27 @@ def mean_per_class_accuracy(scores: torch.Tensor, labels: torch.Tensor) -> float
     return (hits[counts > 0] / counts[counts > 0]).mean().item()
 
 
+def label_presence(labels: torch.Tensor, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which picture has which class, and where that counts: two masks (pictures, classes), bool.
+
+    labels: (pictures,), int64, class numbers; or (pictures, classes), VOC's marks, of which 0 does not count.
+    """
+    if labels.ndim == 2:
+        return labels == POSITIVE, labels != DIFFICULT
+    present = labels[:, None] == torch.arange(num_classes, device=labels.device)
+    return present, torch.ones_like(present)
+
+
+def macro_f1(found: torch.Tensor, present: torch.Tensor, counted: torch.Tensor) -> float:
+    """Mean over labels of F1 where it counts, 0 where nothing was found and nothing is there.
+
+    All three: (pictures, labels), bool.
+    """
+    found, present = found & counted, present & counted
+    both = 2 * (found & present).sum(dim=0)
+    return (both / (found.sum(dim=0) + present.sum(dim=0)).clamp(min=1)).mean().item()
+
+
 def map_11_point(scores: torch.Tensor, marks: torch.Tensor) -> float:
     """VOC2007's mean average precision: precision at eleven recalls, each the best at that recall or above.
 
@@ -101,6 +122,8 @@ __all__ = [
     "accuracy",
     "confusion_matrix",
     "interpolate_weights",
+    "label_presence",
+    "macro_f1",
     "map_11_point",
     "mean_per_class_accuracy",
 ]

@@ -1,18 +1,20 @@
-"""Linear probe by CLIP's protocol, which Florence follows (section 3.2; Radford et al. 2021, appendix A.3).
+"""Linear probes by CLIP's protocol, which Florence follows (section 3.2; Radford et al. 2021, appendix A.3).
 
-Needs the extra `eval`.
+Pictures have one class each, or several: VOC2007's, one logistic regression a class. Needs the extra `eval`.
 """
 
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from tqdm.auto import tqdm
 
-from .classification import accuracy
+from ..data.image_sets import DIFFICULT, NEGATIVE, POSITIVE
+from .classification import accuracy, map_11_point
 from .embedding import check_features
 
 STEPS_PER_DECADE = 8
@@ -20,6 +22,9 @@ DECADES = 12  # of the strength, from LOWEST on
 LOWEST = 1e-6
 COARSE_STEP = 2 * STEPS_PER_DECADE
 MAX_ITERATIONS = 1000
+
+# Features, labels and a strength -> weight (classes, dim), bias (classes,), and how many fits ended at the limit.
+Fit = Callable[[torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor, int]]
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,11 @@ class LinearProbe:
     unconverged: int
 
     def scores(self, features: torch.Tensor) -> torch.Tensor:
-        """(pictures, dim) -> (pictures, classes), float32. Raises ValueError for features that are not finite."""
+        """(pictures, dim) -> (pictures, classes), float32: of one class a picture logits, of several log odds of each.
+
+        Raises:
+            ValueError: features that are not finite.
+        """
         check_features(features)
         return features.float() @ self.weight.T + self.bias
 
@@ -54,17 +63,37 @@ def _check(features: torch.Tensor, labels: torch.Tensor, num_classes: int, what:
         raise ValueError(f"{what}: expected labels from 0 to {num_classes - 1}, got {got}")
 
 
-def _fit(
+def _logistic_regression(
     features: torch.Tensor, labels: torch.Tensor, strength: float, max_iterations: int
-) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """Weight, bias, and whether the optimizer came to its end."""
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """scikit-learn's, which has one row of two classes, the second's."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         fitted = LogisticRegression(C=1 / strength, max_iter=max_iterations).fit(features.numpy(), labels.numpy())
     weight, bias = torch.from_numpy(fitted.coef_).float(), torch.from_numpy(fitted.intercept_).float()
-    if len(weight) == 1:  # of two classes scikit-learn keeps the second one's
+    return weight, bias, int(any(issubclass(warning.category, ConvergenceWarning) for warning in caught))
+
+
+def _fit(
+    features: torch.Tensor, labels: torch.Tensor, strength: float, *, max_iterations: int
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Of classes that exclude each other; labels: (pictures,)."""
+    weight, bias, unconverged = _logistic_regression(features, labels, strength, max_iterations)
+    if len(weight) == 1:
         weight, bias = torch.cat([-weight / 2, weight / 2]), torch.cat([-bias / 2, bias / 2])
-    return weight, bias, not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
+    return weight, bias, unconverged
+
+
+def _fit_each(
+    features: torch.Tensor, marks: torch.Tensor, strength: float, *, max_iterations: int
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Of classes by themselves, each from the pictures where it is not difficult; marks: (pictures, classes)."""
+    fits = []
+    for column in marks.T:
+        counted = column != DIFFICULT
+        fits.append(_logistic_regression(features[counted], column[counted], strength, max_iterations))
+    weights, biases, unconverged = zip(*fits, strict=True)
+    return torch.cat(weights), torch.cat(biases), sum(unconverged)
 
 
 def search_strength(score: Callable[[float], float]) -> dict[float, float]:
@@ -91,6 +120,32 @@ def search_strength(score: Callable[[float], float]) -> dict[float, float]:
         step //= 2
         peak = best_of([peak - step, peak + step])
     return {LOWEST * 10 ** (place / STEPS_PER_DECADE): value for place, value in tried.items()}
+
+
+def _sweep(
+    fit: Fit,
+    train: tuple[torch.Tensor, torch.Tensor],
+    validation: tuple[torch.Tensor, torch.Tensor],
+    metric: Callable[[torch.Tensor, torch.Tensor], float],
+    progress: bool,
+) -> LinearProbe:
+    """The strength that is best on the validation split, then a fit to both splits, each (features, labels)."""
+    unconverged = 0
+    bar = tqdm(desc="strengths", disable=not progress)
+
+    def score(strength: float) -> float:
+        nonlocal unconverged
+        weight, bias, limited = fit(*train, strength)
+        unconverged += limited
+        bar.update()
+        return metric(validation[0].float() @ weight.T + bias, validation[1])
+
+    sweep = search_strength(score)
+    bar.close()
+    strength = max(sweep, key=lambda value: sweep[value])
+    both = torch.cat([train[0], validation[0]]), torch.cat([train[1], validation[1]])
+    weight, bias, limited = fit(*both, strength)
+    return LinearProbe(weight, bias, strength, sweep, unconverged + limited)
 
 
 def fit_linear_probe(
@@ -122,22 +177,55 @@ def fit_linear_probe(
     if absent or num_classes < 2:
         got = f"none of {', '.join(map(str, absent[:10]))}" if absent else f"{num_classes} class"
         raise ValueError(f"expected pictures of at least two classes, of every one, got {got}")
-    unconverged = 0
-    bar = tqdm(desc="strengths", disable=not progress)
-
-    def score(strength: float) -> float:
-        nonlocal unconverged
-        weight, bias, converged = _fit(features, labels, strength, max_iterations)
-        unconverged += not converged
-        bar.update()
-        return metric(validation_features.float() @ weight.T + bias, validation_labels)
-
-    sweep = search_strength(score)
-    bar.close()
-    strength = max(sweep, key=lambda value: sweep[value])
-    both = torch.cat([features, validation_features]), torch.cat([labels, validation_labels])
-    weight, bias, converged = _fit(*both, strength, max_iterations)
-    return LinearProbe(weight, bias, strength, sweep, unconverged + (not converged))
+    fit = partial(_fit, max_iterations=max_iterations)
+    return _sweep(fit, (features, labels), (validation_features, validation_labels), metric, progress)
 
 
-__all__ = ["LinearProbe", "fit_linear_probe", "search_strength"]
+def _check_marks(features: torch.Tensor, marks: torch.Tensor, what: str) -> None:
+    check_features(features, what)
+    if marks.ndim != 2 or marks.dtype != torch.int64 or len(marks) != len(features) or not marks.shape[1]:
+        got = f"{marks.dtype} {tuple(marks.shape)}"
+        raise ValueError(f"{what}: expected int64 marks of shape ({len(features)}, classes), got {got}")
+    if not NEGATIVE <= int(marks.min()) <= int(marks.max()) <= POSITIVE:
+        got = f"{int(marks.min())} to {int(marks.max())}"
+        raise ValueError(f"{what}: expected marks from {NEGATIVE} to {POSITIVE}, got {got}")
+    for mark, word in ((POSITIVE, "with"), (NEGATIVE, "without")):
+        bare = (~(marks == mark).any(dim=0)).nonzero()[:, 0].tolist()
+        if bare:
+            listed = ", ".join(map(str, bare[:10]))
+            raise ValueError(f"{what}: expected pictures {word} each class, got none {word} the classes {listed}")
+
+
+def fit_multi_label_probe(
+    features: torch.Tensor,
+    marks: torch.Tensor,
+    validation_features: torch.Tensor,
+    validation_marks: torch.Tensor,
+    *,
+    max_iterations: int = MAX_ITERATIONS,
+    progress: bool = False,
+) -> LinearProbe:
+    """As `fit_linear_probe` where a picture has several classes: one regression a class, one strength for all.
+
+    The strength is that of the greatest mean average precision of VOC2007, see `classification.map_11_point`.
+
+    Args:
+        features, validation_features: (pictures, dim), floating, of `embed_pictures(..., tower=True)`.
+        marks, validation_marks: (pictures, classes), int64, VOC's: 1 where the class is there, -1 where not, 0 where
+            it is difficult to see; the last count neither in a fit nor in the score.
+        max_iterations: of each fit.
+
+    Raises:
+        ValueError: features that are not finite, marks that do not fit, two numbers of classes, or a class without
+            pictures, or without pictures that lack it, in either split.
+    """
+    _check_marks(features, marks, "features")
+    _check_marks(validation_features, validation_marks, "validation_features")
+    if marks.shape[1] != validation_marks.shape[1]:
+        got = f"{marks.shape[1]} and {validation_marks.shape[1]}"
+        raise ValueError(f"expected marks of the same classes in both splits, got {got} classes")
+    fit = partial(_fit_each, max_iterations=max_iterations)
+    return _sweep(fit, (features, marks), (validation_features, validation_marks), map_11_point, progress)
+
+
+__all__ = ["LinearProbe", "fit_linear_probe", "fit_multi_label_probe", "search_strength"]

@@ -120,11 +120,14 @@ def text_fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> st
     return digest.hexdigest()
 
 
-def best_thresholds(logits: torch.Tensor, present: torch.Tensor, labels: Sequence[str]) -> torch.Tensor:
+def best_thresholds(
+    logits: torch.Tensor, present: torch.Tensor, labels: Sequence[str], counted: torch.Tensor | None = None
+) -> torch.Tensor:
     """For each label the threshold of highest F1, half-way to the next logit below; the highest of equal ones.
 
     Args:
         logits: (pictures, labels); present: (pictures, labels), bool.
+        counted: (pictures, labels), bool: False where it is not known, such as VOC's difficult ones; all if None.
 
     Returns:
         (labels,), float32.
@@ -132,16 +135,19 @@ def best_thresholds(logits: torch.Tensor, present: torch.Tensor, labels: Sequenc
     Raises:
         ValueError: shapes that do not fit, or a label that no picture has.
     """
-    if present.shape != logits.shape or present.dtype != torch.bool:
-        expected = f"expected present as bool of shape {tuple(logits.shape)}"
-        raise ValueError(f"{expected}, got {present.dtype} {tuple(present.shape)}")
+    counted = torch.ones_like(present) if counted is None else counted
+    for name, mask in (("present", present), ("counted", counted)):
+        if mask.shape != logits.shape or mask.dtype != torch.bool:
+            expected = f"expected {name} as bool of shape {tuple(logits.shape)}"
+            raise ValueError(f"{expected}, got {mask.dtype} {tuple(mask.shape)}")
+    present = present & counted
     absent = [label for label, count in zip(labels, present.sum(dim=0).tolist(), strict=True) if not count]
     if absent:
         raise ValueError(f"expected pictures of every label, got none of {', '.join(map(repr, absent[:5]))}")
     ranked, order = logits.float().sort(dim=0, descending=True)
     hits = present.gather(0, order).cumsum(dim=0)
-    count = torch.arange(1, len(logits) + 1, device=logits.device)[:, None]
-    f1 = 2 * hits / (count + present.sum(dim=0))  # of taking the first `count` pictures
+    count = counted.gather(0, order).cumsum(dim=0)
+    f1 = 2 * hits / (count + present.sum(dim=0))  # of taking the pictures down to this one
     below = torch.cat([ranked[1:], ranked[-1:] - 2])
     f1 = f1.masked_fill(ranked == below, -1)  # equal logits are taken together
     best = f1.argmax(dim=0, keepdim=True)
@@ -203,7 +209,7 @@ class ZeroShotClassifier:
             tuple(labels),
             tuple(templates),
             float(scale.exp() if limit is None else scale.exp().clamp(max=limit)),
-            0.0 if bias is None else float(bias),
+            0.0 if bias is None else bias.item(),
             fingerprint,
         )
         if cache is not None:
@@ -249,7 +255,9 @@ class ZeroShotClassifier:
             raise ValueError(f"expected vectors of length {self.weight.shape[1]}, got {image_embeds.shape[1]}")
         return self.scale * image_embeds.float() @ self.weight.to(image_embeds.device).T + self.bias
 
-    def calibrate(self, image_embeds: torch.Tensor, present: torch.Tensor) -> "ZeroShotClassifier":
+    def calibrate(
+        self, image_embeds: torch.Tensor, present: torch.Tensor, counted: torch.Tensor | None = None
+    ) -> "ZeroShotClassifier":
         """The same classifier with the thresholds that are best on a validation split, by each label's F1.
 
         A temperature learnt by softmax says nothing of a label by itself: sigmoids of such logits are all near 1.
@@ -257,11 +265,13 @@ class ZeroShotClassifier:
         Args:
             image_embeds: (pictures, projection_dim), unit length.
             present: (pictures, labels), bool: which picture has which label.
+            counted: (pictures, labels), bool: False where that is not known; all if None.
 
         Raises:
             ValueError: shapes that do not fit, or a label that no picture has.
         """
-        return replace(self, thresholds=best_thresholds(self.logits(image_embeds), present, self.labels))
+        logits = self.logits(image_embeds)
+        return replace(self, thresholds=best_thresholds(logits, present, self.labels, counted))
 
     def present(self, image_embeds: torch.Tensor) -> torch.Tensor:
         """(pictures, labels), bool: logits that reach their threshold. Raises ValueError before `calibrate`."""
