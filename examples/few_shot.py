@@ -6,13 +6,14 @@
 Episodes: a few classes and a few pictures of each, a linear head on the image tower, mean accuracy over many of them.
 Per class: k pictures of each class of `split`, a head that starts from zeros or from the class names' vectors, judged
 on `test_split`. Every field of `FewShotArguments` is an option and a key of the YAML file of `--config`. Each result
-is one JSON file of the output.
+is one JSON file of the output, with a curve of accuracy over shots beside it. Needs the extra `train`.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from evaluate_zero_shot import TEMPLATES
@@ -30,6 +31,7 @@ from transformers_florence.evaluation.few_shot import (
     fit_head,
     tune_episode,
 )
+from transformers_florence.evaluation.plots import save_beside, shots_figure
 from transformers_florence.evaluation.results import Result
 from transformers_florence.evaluation.zero_shot import ZeroShotClassifier
 
@@ -121,6 +123,27 @@ def evaluate_by_class(evaluation: Evaluation, pictures: ImageSet, test: ImageSet
     return metrics
 
 
+def episodes_figure(metrics: dict[str, Any], arguments: FewShotArguments) -> Figure:
+    """What `evaluate_in_episodes` found, over shots."""
+    name = ("head", "tower and head")[arguments.tune_tower] + f", {arguments.ways} classes, 95% interval"
+    curve, interval = {}, {}
+    for shots in arguments.shots:
+        if f"{shots}_shot" in metrics:
+            curve[shots], interval[shots] = metrics[f"{shots}_shot"], metrics[f"{shots}_shot_interval"] or 0.0
+    return shots_figure({name: curve}, intervals={name: interval}, levels={"chance": 1 / arguments.ways})
+
+
+def by_class_figure(metrics: dict[str, Any], classes: int) -> Figure:
+    """What `evaluate_by_class` found, over shots."""
+    curves: dict[str, dict[int, float]] = {}
+    for key, value in metrics.items():
+        shots, start = key.split("_")
+        if int(shots):
+            curves.setdefault(f"head from {start}", {})[int(shots)] = value
+    levels = {"class names alone": metrics["0_text"], "chance": 1 / classes}
+    return shots_figure(curves, levels=levels)
+
+
 def main(argv: list[str] | None = None) -> list[Result]:
     """Evaluate; returns the results."""
     evaluation = Evaluation(__file__, FewShotArguments, argv)
@@ -131,9 +154,13 @@ def main(argv: list[str] | None = None) -> list[Result]:
     if metrics:
         task = "few_shot_tuned" if arguments.tune_tower else "few_shot"
         results.append(evaluation.report(task, pictures, metrics))
+        save_beside(results[-1].save(arguments.output), shots=episodes_figure(metrics, arguments))
     if arguments.test_split:
         test = evaluation.read(arguments.test_split)
-        results.append(evaluation.report("shots_per_class", test, evaluate_by_class(evaluation, pictures, test)))
+        metrics = evaluate_by_class(evaluation, pictures, test)
+        results.append(evaluation.report("shots_per_class", test, metrics))
+        if len(metrics) > 1:  # the classes were large enough for some number of shots
+            save_beside(results[-1].save(arguments.output), shots=by_class_figure(metrics, len(test.names)))
     if not results:
         raise ValueError(f"expected classes of {min(arguments.shots) + arguments.queries} pictures, got smaller ones")
     return results

@@ -10,7 +10,7 @@ names of their classes, and the result is a dual encoder. With `--head linear` i
 another set of pictures, classified zero-shot after each epoch: it shows what fine-tuning forgets. WiSE-FT saves models
 between the pretrained and the best one. Every field of `ClassificationArguments` is an option and a key of the YAML
 file of `--config`. The output holds what `training.recipe.fine_tune` writes, and `wise.json`; the result is one JSON
-file of `results`. Needs the extras `train` and `eval`.
+file of `results`, with a confusion matrix beside it. Needs the extras `train` and `eval`.
 """
 
 import copy
@@ -40,9 +40,15 @@ from transformers_florence import FlorenceForImageClassification, FlorenceModel
 from transformers_florence.data.detection import picture_size
 from transformers_florence.data.image_sets import ImageSet, read_image_set
 from transformers_florence.data.prompts import fill_template
-from transformers_florence.evaluation.classification import accuracy, interpolate_weights, mean_per_class_accuracy
+from transformers_florence.evaluation.classification import (
+    accuracy,
+    confusion_matrix,
+    interpolate_weights,
+    mean_per_class_accuracy,
+)
 from transformers_florence.evaluation.embedding import embed_pictures
 from transformers_florence.evaluation.linear_probe import fit_linear_probe
+from transformers_florence.evaluation.plots import confusion_figure, save_beside
 from transformers_florence.evaluation.results import Result, hash_pictures
 from transformers_florence.evaluation.zero_shot import ZeroShotClassifier
 from transformers_florence.image_checks import picture_name
@@ -162,14 +168,13 @@ class Batches(StepBatches):
             return super().__getitem__(step)
 
 
-def name_accuracy(
+def classify_by_names(
     model: FlorenceModel, processor: Any, pictures: ImageSet, templates: tuple[str, ...]
-) -> dict[str, float]:
-    """Zero-shot accuracy of a dual encoder."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zero-shot logits of a dual encoder, (readable pictures, classes), and the pictures' labels."""
     classifier = ZeroShotClassifier.build(model, processor.tokenizer, pictures.names, templates)
     embeds, readable = embed_pictures(model, processor.image_processor, pictures.pictures)
-    scores, labels = classifier.logits(embeds), pictures.labels[readable]
-    return {"accuracy": accuracy(scores, labels), "mean_per_class": mean_per_class_accuracy(scores, labels)}
+    return classifier.logits(embeds), pictures.labels[readable]
 
 
 def start_from_probe(
@@ -201,21 +206,24 @@ class Scorer:
         guard = arguments.guard_data
         self.guard = read_image_set(guard, arguments.guard_split or None) if guard else None
 
+    def classify(self, model: FlorenceModel | FlorenceForImageClassification) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of the held-out pictures that can be read, (pictures, classes), and their labels."""
+        if not isinstance(model, FlorenceForImageClassification):
+            return classify_by_names(model, self.processor, self.held_out, self.templates)
+        features, readable = embed_pictures(model, self.processor.image_processor, self.held_out.pictures, tower=True)
+        with torch.no_grad():
+            return model.classifier(features.to(model.device)).cpu(), self.held_out.labels[readable]
+
     def __call__(self, model: FlorenceModel | FlorenceForImageClassification) -> dict[str, float]:
-        dual, scores = model, {}
-        if isinstance(model, FlorenceForImageClassification):
-            features, readable = embed_pictures(
-                model, self.processor.image_processor, self.held_out.pictures, tower=True
-            )
-            with torch.no_grad():
-                logits, labels = model.classifier(features.to(model.device)).cpu(), self.held_out.labels[readable]
-            scores = {"accuracy": accuracy(logits, labels), "mean_per_class": mean_per_class_accuracy(logits, labels)}
-            dual = self.dual.to(model.device)
-            dual.vision_model = model.vision_model
-        else:
-            scores = name_accuracy(model, self.processor, self.held_out, self.templates)
+        logits, labels = self.classify(model)
+        scores = {"accuracy": accuracy(logits, labels), "mean_per_class": mean_per_class_accuracy(logits, labels)}
         if self.guard is not None:
-            scores["guard_accuracy"] = name_accuracy(dual, self.processor, self.guard, self.templates)["accuracy"]
+            dual = model
+            if isinstance(model, FlorenceForImageClassification):
+                dual = self.dual.to(model.device)
+                dual.vision_model = model.vision_model
+            found = classify_by_names(dual, self.processor, self.guard, self.templates)
+            scores["guard_accuracy"] = accuracy(*found)
         return scores
 
 
@@ -245,7 +253,7 @@ def main(argv: list[str] | None = None) -> Result | None:
     batches = Batches(arguments, train, dual, processor, accelerator.process_index, accelerator.num_processes)
     has_names = arguments.head == "names"
     if has_names:
-        model, groups_of = adapt(dual, arguments.lora_rank), {}
+        model, groups_of = adapt(dual, arguments), {}
     else:
         names = dict(enumerate(train.names))
         dual.config.id2label, dual.config.label2id = names, {name: number for number, name in names.items()}
@@ -253,7 +261,7 @@ def main(argv: list[str] | None = None) -> Result | None:
         classifier.vision_model.load_state_dict(dual.vision_model.state_dict())
         if arguments.probe_first:
             start_from_probe(arguments, classifier, processor, train)
-        model = adapt(classifier, arguments.lora_rank, new=["classifier"])
+        model = adapt(classifier, arguments, new=["classifier"])
         groups_of = {"classifier.": arguments.head_rate * arguments.learning_rate}
     groups = parameter_groups(
         model,
@@ -288,7 +296,12 @@ def main(argv: list[str] | None = None) -> Result | None:
             scores |= {f"wise_{part}_{name}": value for name, value in between.items()}
     metrics = {**scores, **start, **cost_of(model), "pictures": len(held_out)}
     data = held_out.name, hash_pictures(held_out.pictures, [held_out.names, held_out.labels.tolist()])
-    return report_run("finetune_classification", __file__, argv, arguments, data, metrics)
+    result = report_run("finetune_classification", __file__, argv, arguments, data, metrics)
+    kind = FlorenceModel if has_names else FlorenceForImageClassification
+    best = kind.from_pretrained(Path(arguments.output) / "best", dtype=torch.float32).eval()
+    counts = confusion_matrix(*scorer.classify(best.to(accelerator.device)))
+    save_beside(result.save(arguments.results), confusion=confusion_figure(counts, held_out.names))
+    return result
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from torchvision.transforms import v2
 from transformers import AutoProcessor
@@ -18,6 +18,10 @@ from transformers_florence.evaluation.results import Result, command_line, curre
 from transformers_florence.image_checks import picture_name
 from transformers_florence.training.lora import LORA_TARGETS
 from transformers_florence.training.recipe import RecipeArguments
+
+ADAPTERS = ("lora", "dora", "loha", "lokr", "ia3")
+# What IA3 scales (Liu et al. 2022): keys, values, and what goes into the second layer of a feed-forward block.
+IA3_TARGETS, IA3_FEEDFORWARD = ["k_proj", "v_proj", "fc2"], ["fc2"]
 
 
 @dataclass
@@ -32,12 +36,14 @@ class DualEncoderArguments(RecipeArguments):
     learning_rate: float = 2e-5  # the paper's
     layer_decay: float = 1.0  # factor of the rate for each layer further down
     lora_rank: int = 0  # of adapters, which then are all that is trained but for new layers; 0 for none
+    adapter: str = "lora"  # their kind, where there is a rank: dora, loha, lokr, or ia3, where it does not matter
     min_scale: float = 0.5  # smallest part of a picture that a training view shows
     flip: bool = True  # whether a training view may be mirrored
     results: str = "results"  # folder of the file that tells what came out
 
     free: ClassVar = (*RecipeArguments.free, "results")
     from_zero: ClassVar = (*RecipeArguments.from_zero, "lora_rank")
+    choices: ClassVar = {**RecipeArguments.choices, "adapter": ADAPTERS}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,13 +56,26 @@ class DualEncoderArguments(RecipeArguments):
         return load_checkpoint(kind, folder, dtype=torch.float32), AutoProcessor.from_pretrained(folder)
 
 
-def adapt(model: nn.Module, rank: int, *, new: list[str] | None = None) -> nn.Module:
-    """The model with adapters of this rank in each layer, all that is trained but for `new` parts; 0 for none."""
+def adapt(model: nn.Module, arguments: DualEncoderArguments, *, new: list[str] | None = None) -> nn.Module:
+    """The model with the adapters that are asked for, all that is trained but for `new` parts; as it is without."""
+    rank, kind = arguments.lora_rank, arguments.adapter
     if not rank:
         return model
-    return get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS, modules_to_save=new)
-    )
+    config: PeftConfig
+    if kind == "ia3":
+        config = IA3Config(target_modules=IA3_TARGETS, feedforward_modules=IA3_FEEDFORWARD, modules_to_save=new)
+    elif kind in ("loha", "lokr"):
+        kinds = {"loha": LoHaConfig, "lokr": LoKrConfig}
+        config = kinds[kind](r=rank, alpha=2 * rank, target_modules=LORA_TARGETS, modules_to_save=new)
+    else:
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank,
+            use_dora=kind == "dora",
+            target_modules=LORA_TARGETS,
+            modules_to_save=new,
+        )
+    return get_peft_model(model, config)
 
 
 class TrainingViews:

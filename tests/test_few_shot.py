@@ -27,7 +27,11 @@ def options(checkpoint, tmp_path):
     return build
 
 
-def test_episodes_and_shots_per_class(options, tmp_path, capsys):
+def test_episodes_and_shots_per_class(options, tmp_path, capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        few_shot, "save_beside", lambda file, **figures: drawn.append((file, figures["shots"].axes[0]))
+    )
     found = few_shot.main(options(split="train", test_split="test", queries=3))
     episodes, by_class = found
     assert episodes.metrics["5_shot"] > 0.9 and episodes.metrics["5_shot_interval"] is not None
@@ -38,6 +42,18 @@ def test_episodes_and_shots_per_class(options, tmp_path, capsys):
     assert "50 shots: expected 3 classes of at least 50 + 3 pictures" in printed
     assert "20 a class: expected 20 pictures of each class, got 8 of class 0" in printed
     assert {one.task for one in load_results(tmp_path / "results")} == {"few_shot", "shots_per_class"}
+
+    def curves_of(axes) -> list[dict]:
+        return [dict(zip(*container.lines[0].get_data(), strict=True)) for container in axes.containers]
+
+    (first, of_episodes), (second, of_classes) = drawn
+    assert first.name.startswith("few_shot--") and second.name.startswith("shots_per_class--")
+    assert curves_of(of_episodes) == [{shots: episodes.metrics[f"{shots}_shot"] for shots in (1, 5)}]
+    assert curves_of(of_classes) == [
+        {shots: by_class.metrics[f"{shots}_{start}"] for shots in (1, 2)} for start in ("zeros", "text")
+    ]
+    levels = {line.get_label(): line.get_ydata()[0] for line in of_classes.lines}
+    assert levels["class names alone"] == by_class.metrics["0_text"] and levels["chance"] == 1 / 3
 
 
 def test_a_tower_that_learns(options, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import finetune_classification
+from finetune_setup import ADAPTERS
 from tests.tiny_florence import save_tiny
 from tests.tiny_sets import write_color_set
 from transformers_florence import FlorenceForImageClassification, FlorenceModel, FlorenceProcessor
@@ -64,12 +65,18 @@ def test_colours_are_learnt_by_their_names(options, checkpoint, tmp_path):
     FlorenceProcessor.from_pretrained(tmp_path / "run" / "wise-0.5")
 
 
-def test_adapters_are_all_that_is_trained_and_are_merged(options, checkpoint, tmp_path):
-    found = finetune_classification.main(options(lora_rank=2, epochs=1))
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_adapters_are_all_that_is_trained_and_are_merged(options, checkpoint, tmp_path, monkeypatch, adapter):
+    drawn = []
+    monkeypatch.setattr(finetune_classification, "save_beside", lambda file, **figures: drawn.extend(figures.values()))
+    found = finetune_classification.main(options(lora_rank=2, epochs=1, adapter=adapter))
     before, after = weights_of(checkpoint), weights_of(tmp_path / "run" / "best")
     assert before.keys() == after.keys()
     moved = {name.rsplit(".", 2)[1] for name in before if not torch.equal(before[name], after[name])}
-    assert moved == {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}
+    scaled = {"k_proj", "v_proj", "fc2"}
+    assert moved == (scaled if adapter == "ia3" else scaled | {"q_proj", "out_proj", "fc1"})
+    (figure,) = drawn
+    assert figure.axes[0].get_title() == f"{round(15 * found.metrics['accuracy'])} of 15 pictures right"
     whole = sum(weight.numel() for weight in before.values())
     assert 0 < found.metrics["trained_parameters"] < whole / 2
 
@@ -80,6 +87,10 @@ def test_a_new_layer_that_begins_as_a_probe(options, tmp_path):
     found = finetune_classification.main(argv)
     assert found.metrics["accuracy"] == 1.0  # of the probe: the rate moves nothing
     assert found.metrics["guard_accuracy"] == found.metrics["guard_accuracy_before"]
+    assert [file.name.split(".", 1)[1] for file in sorted((tmp_path / "results").iterdir())] == [
+        "confusion.png",
+        "json",
+    ]
     model = FlorenceForImageClassification.from_pretrained(tmp_path / "run" / "best")
     assert list(model.config.id2label.values()) == ["red bicycle", "green street", "house"]
 

@@ -35,7 +35,9 @@ def options(checkpoint, tmp_path):
     return build
 
 
-def test_the_result_is_that_of_the_saved_model(options, tmp_path):
+def test_the_result_is_that_of_the_saved_model(options, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(finetune_retrieval, "save_beside", lambda file, **figures: drawn.update(figures))
     found = finetune_retrieval.main(options(epochs=3))
     model = FlorenceModel.from_pretrained(tmp_path / "run" / "best").eval()
     processor = FlorenceProcessor.from_pretrained(tmp_path / "run" / "best")
@@ -44,11 +46,18 @@ def test_the_result_is_that_of_the_saved_model(options, tmp_path):
     assert found.metrics["recall_sum"] > found.metrics["recall_sum_before"]
     assert (found.metrics["pictures"], found.metrics["texts"]) == (15, 45)
     assert found.settings["epochs"] == 3 and "results" not in found.settings
+    for curve in drawn["recall"].axes[0].lines:
+        asked, when = curve.get_label().split(" (")[0].split(", ")
+        key = {"picture to text": "image_to_text", "text to picture": "text_to_image"}[asked]
+        recalls = [found.metrics[f"{key}_recall_{k}" + {"before": "_before", "after": ""}[when]] for k in (1, 5, 10)]
+        assert [curve.get_ydata()[k - 1] for k in (1, 5, 10)] == pytest.approx(recalls)
 
 
 def test_a_model_is_scored_without_training(options, tmp_path, checkpoint):
     found = finetune_retrieval.main(options(evaluate_only=True))
     assert found.task == "retrieval" and not (tmp_path / "run" / "best").exists()
+    written = sorted(file.name.split(".", 1) for file in (tmp_path / "results").iterdir())
+    assert written[0][0] == written[1][0] and [written[0][1], written[1][1]] == ["json", "recall.png"]
     trained = finetune_retrieval.main(options(lora_rank=2, epochs=1))
     assert trained.metrics["recall_sum_before"] == found.metrics["recall_sum"]
     before, after = (load_file(path / "model.safetensors") for path in (checkpoint, tmp_path / "run" / "best"))
