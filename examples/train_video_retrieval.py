@@ -3,17 +3,25 @@
     python examples/train_video_retrieval.py --data_format msrvtt --data train.csv --eval_data 1k.csv --root videos
     python examples/train_video_retrieval.py --data_format shards --data shards --text_column json.caption
     python examples/train_video_retrieval.py --epochs 0 ...  # zero-shot: scores of the inflated dual encoder
+    python examples/train_video_retrieval.py --config examples/configs/train_video_joint.yaml  # pictures, then both
     accelerate launch --num_processes 8 examples/train_video_retrieval.py --config ... --batch_size 256
 
 A clip without a text is described by its class. Clips and texts of one description are positives of each other, on
 all ranks. Every field of `RetrievalArguments` is an option of the command line and a key of the YAML file; the output
 holds what `finetune_video.py` leaves, `best` with the tokenizer beside. Needs the extras `train` and `video`.
+
+Pictures can be learnt from beside the clips, in OmniVL's decoupled schedule (Wang et al. 2022): pictures alone for
+`image_first` of the run, then steps of pictures and steps of clips, `image_share` of them of pictures. With 0 and 0
+that is clips alone, with 0 and 0.5 both from the start, with 0.5 and 0 pictures and then clips, with 0.5 and 0.5 the
+decoupled schedule. A picture goes through the tower as a clip of one frame, which the first embedding repeats to fill
+its tube. It costs one token of time, and what frames of different times are to each other is not learnt from what
+stands still, as it would be from a picture that is repeated to the length of a clip.
 """
 
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,8 +29,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from transformers_florence import FlorenceTokenizer, FlorenceVideoProcessor
+from transformers_florence import FlorenceConfig, FlorenceTokenizer, FlorenceVideoProcessor
+from transformers_florence.configuration_florence import FlorenceTextConfig
 from transformers_florence.configuration_florence_video import FlorenceVideoTextConfig
+from transformers_florence.data.captions import read_captions
 from transformers_florence.data.sources import text_label
 from transformers_florence.data.video import Clip
 from transformers_florence.data.video_transforms import collate_clips
@@ -42,14 +52,22 @@ class RetrievalArguments(VideoArguments):
     output: str = "runs/video_retrieval"
     batch_size: int = 32
     learning_rate: float = 2e-4
-    epochs: int = 10  # 0 for the scores before any training
+    epochs: int = 10  # as many steps as the clips fill so often; 0 for the scores before any training
+    image_data: str = ""  # pictures with texts to learn from beside the clips: see `data.captions.read_captions`
+    image_split: str = ""
+    image_first: float = 0.0  # part of the steps, at the start, that are of pictures alone
+    image_share: float = 0.0  # part of the steps after these that are of pictures
 
     from_zero: ClassVar = (*VideoArguments.from_zero, "epochs")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.size:
-            raise ValueError(f"expected a checkpoint with both towers to start from, got the size {self.size!r}")
+        for name in ("image_first", "image_share"):
+            if (part := getattr(self, name)) > 1:
+                raise ValueError(f"{name}: expected at most 1, got {part}")
+        if bool(self.image_data) != bool(self.image_first or self.image_share):
+            parts = f"image_first {self.image_first} and image_share {self.image_share}"
+            raise ValueError(f"expected image_data with a part of the steps, got {self.image_data!r} with {parts}")
 
 
 def with_texts(clips: Sequence[Clip]) -> list[Clip]:
@@ -95,6 +113,28 @@ class Batches(ClipBatches):
         return {"pixel_values_videos": pixels, **tokens, "labels": torch.tensor([text_label(text) for text in texts])}
 
 
+class JointBatches(Batches):
+    """Each step a batch of clips or one of pictures, as `image_first` and `image_share` say.
+
+    pictures: of this rank too; they are gone through in an order of their own. The others are those of `Batches`.
+    """
+
+    def __init__(self, arguments: RetrievalArguments, *parts: Any, pictures: Batches, **ranks: int) -> None:
+        super().__init__(arguments, *parts, **ranks)
+        self.pictures, self.share = pictures, arguments.image_share
+        self.first = round(arguments.image_first * len(self))
+
+    def steps_of_pictures(self, step: int) -> int:
+        """How many of the steps before this one are of pictures."""
+        return min(step, self.first) + int(max(0, step - self.first) * self.share)
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        before = self.steps_of_pictures(step)
+        if self.steps_of_pictures(step + 1) > before:
+            return self.pictures[before]
+        return super().__getitem__(step - before)
+
+
 def contrast(model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
     """UniCL over the clips and texts of all ranks."""
     labels = inputs["labels"]
@@ -103,8 +143,30 @@ def contrast(model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Ma
     return loss, {"logit_scale": outputs.logit_scale.detach()}
 
 
-def build_model(arguments: RetrievalArguments) -> FlorenceForVideoTextRetrieval:
-    """A dual encoder of clips: made of one of pictures, or going on from one."""
+def read_pictures(arguments: RetrievalArguments) -> list[Clip]:
+    """The pictures as clips of one frame."""
+    pictures = read_captions(arguments.image_data, arguments.image_split or None)
+    return [Clip(each.file, str(each.file), texts=each.captions, film=str(each.file), strip=1) for each in pictures]
+
+
+def make_batches(
+    arguments: RetrievalArguments, clips: Sequence[Clip], processor: FlorenceVideoProcessor, *parts: Any, **ranks: int
+) -> Batches:
+    """Batches of clips, joined by those of pictures if the arguments name some; the rest is what `Batches` takes."""
+    if not arguments.image_data:
+        return Batches(arguments, clips, processor, *parts, **ranks)
+    one_frame = make_processor(replace(arguments, num_frames=1), processor.crop_size["height"])
+    pictures = Batches(arguments, read_pictures(arguments), one_frame, *parts, **ranks)
+    return JointBatches(arguments, clips, processor, *parts, pictures=pictures, **ranks)
+
+
+def build_model(arguments: RetrievalArguments, tokenizer: FlorenceTokenizer) -> FlorenceForVideoTextRetrieval:
+    """A dual encoder of clips: new, for this tokenizer; made of one of pictures; or going on from one."""
+    if arguments.size:
+        tokens = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+        text = FlorenceTextConfig.from_size(arguments.size, **tokens)
+        shape = FlorenceConfig.from_size(arguments.size, text_config=text)
+        return FlorenceForVideoTextRetrieval(FlorenceVideoTextConfig.from_dual_encoder(shape, **arguments.shape))
     kind = json.loads((arguments.source / "config.json").read_text("utf-8")).get("model_type")
     if kind == FlorenceVideoTextConfig.model_type:
         return FlorenceForVideoTextRetrieval.from_pretrained(arguments.source, dtype=torch.float32)
@@ -117,8 +179,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     accelerator = arguments.make_accelerator()
     train, held_out = map(with_texts, read_sets(arguments))
     accelerator.print(f"{len(train)} clips to train on, {len(held_out)} to evaluate on")
-    model = build_model(arguments)
     tokenizer = FlorenceTokenizer.from_pretrained(arguments.source)
+    model = build_model(arguments, tokenizer)
     processor = make_processor(arguments, model.config.video_config.image_size)
 
     def evaluate(plain: FlorenceForVideoTextRetrieval) -> dict[str, Any]:
@@ -135,7 +197,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if arguments.epochs == 0:
         return evaluate(model)
     ranks = {"rank": accelerator.process_index, "ranks": accelerator.num_processes}
-    batches = Batches(arguments, train, processor, model, tokenizer, **ranks)
+    batches = make_batches(arguments, train, processor, model, tokenizer, **ranks)
     groups = parameter_groups(model, arguments.weight_decay, arguments.rates, learning_rate=arguments.learning_rate)
     options = {"save": save, "evaluate": evaluate, "best": "recall_sum", "record": {"clips": len(train)}}
     return fine_tune(arguments, accelerator, model, groups, batches, **options, compute_loss=contrast)

@@ -16,7 +16,12 @@ import finetune_video
 import train_video_retrieval
 import video_recipes
 from tests.tiny_florence import CONTEXT, SIDE, TEXTS, save_tiny, tiny_tokenizer
-from transformers_florence import FlorenceForVideoClassification, FlorenceTokenizer, FlorenceVideoProcessor
+from transformers_florence import (
+    FlorenceForVideoClassification,
+    FlorenceModel,
+    FlorenceTokenizer,
+    FlorenceVideoProcessor,
+)
 from transformers_florence.data.sources import text_label
 from transformers_florence.data.video import Clip, read_filmstrips
 from transformers_florence.evaluation.video import evaluate_recognition, evaluate_video_retrieval
@@ -207,11 +212,17 @@ def test_arguments_that_cannot_be(options, changes, message):
         recognition(options, **changes)
 
 
-@pytest.mark.parametrize("script, kind", [("finetune_video", "Recognition"), ("train_video_retrieval", "Retrieval")])
-def test_the_yaml_files_are_arguments(script, kind):
-    module = {"finetune_video": finetune_video, "train_video_retrieval": train_video_retrieval}[script]
-    file = Path(module.__file__).parent / "configs" / f"{script}.yaml"
-    assert parse_arguments(getattr(module, f"{kind}Arguments"), ["--config", str(file)]).num_frames == 8
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("finetune_video", finetune_video.RecognitionArguments),
+        ("train_video_retrieval", train_video_retrieval.RetrievalArguments),
+        ("train_video_joint", train_video_retrieval.RetrievalArguments),
+    ],
+)
+def test_the_yaml_files_are_arguments(name, kind):
+    file = Path(finetune_video.__file__).parent / "configs" / f"{name}.yaml"
+    assert parse_arguments(kind, ["--config", str(file)]).num_frames == 8
 
 
 # ------------------------------------------------------------------------------------------------------ retrieval
@@ -229,13 +240,27 @@ def captioned(tmp_path_factory, strips) -> Path:
     return folder
 
 
-def test_retrieval_leaves_what_it_was_scored_with(options, tmp_path, captioned):
-    scores = train_video_retrieval.main(options(data=captioned, batch_size=2, epochs=1))
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Five pictures of one colour each, each with a text."""
+    folder, rows = tmp_path_factory.mktemp("pictures"), []
+    for number, text in enumerate(TEXTS):
+        Image.new("RGB", (SIDE, SIDE), (50 * number, 90, 250 - 50 * number)).save(folder / f"{number}.png")
+        rows.append({"file_name": f"{number}.png", "captions": [text]})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_retrieval_leaves_what_it_was_scored_with(options, tmp_path, captioned, pictures, joint):
+    beside = {"image_data": pictures, "image_share": 0.5, "epochs": 2} if joint else {"epochs": 1}
+    scores = train_video_retrieval.main(options(data=captioned, batch_size=2, **beside))
     best = tmp_path / "run" / "best"
     model = FlorenceForVideoTextRetrieval.from_pretrained(best)
     processor, tokenizer = FlorenceVideoProcessor.from_pretrained(best), FlorenceTokenizer.from_pretrained(best)
     assert evaluate_video_retrieval(model, processor, tokenizer, read_filmstrips(captioned, "valid")) == scores
-    assert json.loads((best / "scores.json").read_text()) == {"step": 1, **scores}
+    if not joint:  # else the best epoch need not be the last
+        assert json.loads((best / "scores.json").read_text()) == {"step": 1, **scores}
 
 
 def test_what_has_no_text_is_described_by_its_class(strips):
@@ -249,14 +274,15 @@ def test_zero_shot_is_scored_without_training(options, captioned):
     settings = {"data": captioned, "epochs": 0}
     scores = train_video_retrieval.main(options(**settings))
     arguments = parse_arguments(train_video_retrieval.RetrievalArguments, options(**settings))
-    model, processor = train_video_retrieval.build_model(arguments), video_recipes.make_processor(arguments, SIDE)
-    assert scores == evaluate_video_retrieval(model, processor, tiny_tokenizer(), read_filmstrips(captioned, "valid"))
+    tokenizer, processor = tiny_tokenizer(), video_recipes.make_processor(arguments, SIDE)
+    model = train_video_retrieval.build_model(arguments, tokenizer)
+    assert scores == evaluate_video_retrieval(model, processor, tokenizer, read_filmstrips(captioned, "valid"))
     assert (scores["clips"], scores["texts"]) == (2, 2)
 
 
 def test_the_loss_is_unicl_over_triplets(options, strips):
     arguments = parse_arguments(train_video_retrieval.RetrievalArguments, options(batch_size=6))
-    model = train_video_retrieval.build_model(arguments)
+    model = train_video_retrieval.build_model(arguments, tiny_tokenizer())
     clips = train_video_retrieval.with_texts(read_filmstrips(strips, "train"))
     processor = video_recipes.make_processor(arguments, SIDE)
     batches = train_video_retrieval.Batches(arguments, clips, processor, model, tiny_tokenizer())
@@ -268,3 +294,74 @@ def test_the_loss_is_unicl_over_triplets(options, strips):
     outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
     assert_close(loss, unicl_loss(outputs.video_embeds, outputs.text_embeds, inputs["labels"], outputs.logit_scale))
     assert_close(parts["logit_scale"], outputs.logit_scale)
+
+
+# -------------------------------------------------------------------------------------------- pictures beside clips
+
+
+def retrieval_batches(options, **changes: Any) -> train_video_retrieval.Batches:
+    """Eight steps of three of the twelve clips, or pictures."""
+    given = options(**{"batch_size": 3, "epochs": 2} | changes)
+    arguments = parse_arguments(train_video_retrieval.RetrievalArguments, given)
+    clips, _ = map(train_video_retrieval.with_texts, video_recipes.read_sets(arguments))
+    processor, tokenizer = video_recipes.make_processor(arguments, SIDE), tiny_tokenizer()
+    model = train_video_retrieval.build_model(arguments, tokenizer)
+    return train_video_retrieval.make_batches(arguments, clips, processor, model, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "first, share, kinds",
+    [(0.0, 0.5, "cpcpcpcp"), (0.5, 0.0, "ppppcccc"), (0.5, 0.5, "ppppcpcp"), (0.25, 0.75, "ppcpppcp")],
+)
+def test_pictures_come_first_and_then_beside_the_clips(options, pictures, first, share, kinds):
+    """The four schedules that OmniVL compares are these, and clips alone; each set goes on where it was left."""
+    joint = retrieval_batches(options, image_data=pictures, image_first=first, image_share=share)
+    clips, steps = retrieval_batches(options), {"c": 0, "p": 0}
+    assert len(joint) == len(clips) == len(kinds)
+    shown = []
+    for step, kind in enumerate(kinds):
+        batch, number = joint[step], steps[kind]
+        steps[kind] += 1
+        if kind == "c":
+            expected = clips[number]
+            assert batch["names"] == expected["names"]
+            assert_close(batch["inputs"], expected["inputs"])
+        else:
+            assert batch["inputs"]["pixel_values_videos"].shape == (3, 1, 3, SIDE, SIDE)
+            files = [Path(name) for name in batch["names"]]
+            shown.append([file.name for file in files])
+            labels = [text_label(TEXTS[int(file.stem)]) for file in files]
+            assert batch["inputs"]["labels"].tolist() == labels
+    assert all(len(set(names)) == 3 for names in shown) and len({tuple(names) for names in shown}) > 1
+
+
+def test_a_picture_is_to_the_inflated_tower_what_it_is_to_the_image_tower(options, pictures, tower):
+    batch = retrieval_batches(options, image_data=pictures, image_first=1.0)[0]["inputs"]
+    video = FlorenceForVideoTextRetrieval.from_pretrained_image(tower, num_frames=6, temporal_window_size=3)
+    image = FlorenceModel.from_pretrained(tower)
+    with torch.no_grad():
+        found = video.get_video_features(batch["pixel_values_videos"]).pooler_output
+        expected = image.get_image_features(batch["pixel_values_videos"][:, 0]).pooler_output
+    assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_new_weights_take_the_tokens_of_the_tokenizer(options):
+    arguments = parse_arguments(train_video_retrieval.RetrievalArguments, options(size="nano", init_from=""))
+    model, tokenizer = train_video_retrieval.build_model(arguments, tiny_tokenizer()), tiny_tokenizer()
+    text = model.config.text_config
+    assert (text.vocab_size, text.eos_token_id) == (len(tokenizer), tokenizer.eos_token_id)
+    assert (model.config.video_config.num_frames, model.config.video_config.embed_dim) == (6, 64)
+    assert arguments.rates == {"relative_position_bias_table": 2e-2, "temporal_": 2e-3}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"image_share": 1.5}, "image_share: expected at most 1, got 1.5"),
+        ({"image_first": 0.5}, "expected image_data with a part of the steps, got '' with image_first 0.5"),
+        ({"image_data": "x"}, "expected image_data with a part of the steps, got 'x' with image_first 0.0"),
+    ],
+)
+def test_schedules_that_cannot_be(options, changes, message):
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(train_video_retrieval.RetrievalArguments, options(**changes))

@@ -302,6 +302,39 @@ def test_implementations_agree(dtype, atol, rtol, shift):
     assert_close(*gradients, atol=atol, rtol=20 * rtol)
 
 
+@pytest.mark.parametrize("shift", [(0, 0), (2, 2)])
+@pytest.mark.parametrize("dtype, atol, fused", [(torch.float32, 1e-5, True), (torch.bfloat16, 2e-2, False)])
+def test_large_windows_without_gradients_are_the_slow_loop(monkeypatch, dtype, atol, fused, shift):
+    """torch's fused kernel in float32, ours in bfloat16; a few windows at a time in both."""
+    monkeypatch.setattr(layers, "FUSED_TOKENS", 16)
+    monkeypatch.setattr(layers, "SLICE_ELEMENTS", 2 * 2 * 16**2)
+    calls, real = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *given, **fields: calls.append(1) or real(*given, **fields)
+    )
+    layer = randomize(WindowAttention(tiny_config(), dim=8, num_heads=2, window_size=(4, 4))).to(dtype)
+    windows = window_partition(torch.randn(2, 8, 8, 8), (4, 4)).to(dtype)
+    index, mask = relative_position_index((4, 4), (4, 4)), shift_mask((8, 8), (4, 4), shift, dtype)
+    with torch.no_grad():
+        output, _ = layer(windows, index, mask)
+        exact, _ = slow_attention(layer.double(), windows.double(), index, None if mask is None else mask.double())
+    assert_close(output.double(), exact, rtol=atol, atol=atol)
+    assert bool(calls) == fused
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_each_row_of_the_position_table_is_read_as_often_as_its_offset_occurs(dtype):
+    """For no offset at all that is 400 times, where sums in bfloat16 would end at 256."""
+    layer = randomize(WindowAttention(tiny_config(), dim=4, num_heads=2, window_size=(20, 20))).to(dtype)
+    table, index = layer.relative_position_bias_table, relative_position_index((20, 20), (20, 20))
+    bias = layer.attention_bias(index, None)
+    assert bias.dtype == dtype and torch.equal(bias[0], table[index].movedim(-1, 0))
+    bias.sum().backward()
+    along = 20 - torch.arange(-19, 20).abs()
+    times = (along[:, None] * along).flatten()[:, None].expand(-1, 2).to(dtype)
+    assert torch.equal(table.grad, times)
+
+
 def test_attention_gradients_are_finite_differences():
     layer = randomize(WindowAttention(tiny_config(), dim=4, num_heads=2, window_size=(2, 2))).double()
     index, mask = relative_position_index((2, 2), (2, 2)), shift_mask((4, 2), (2, 2), (1, 0), torch.float64)

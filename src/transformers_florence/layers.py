@@ -18,7 +18,8 @@ from .configuration_florence import FlorenceVisionConfig
 SLICE_ELEMENTS = 5 * 2**19
 # On x86, oneDNN's convolution beats what `F.linear` calls, up to so many input channels: see `Linear`.
 HAS_FAST_CONVOLUTION = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
-# From so many tokens in a window on, torch's fused kernel for the CPU is the faster one where no gradient is wanted.
+# From so many tokens in a window on, where no gradient is wanted: torch's fused kernel for the CPU is the faster one,
+# but in bfloat16, whose own softmax is then faster than float32's.
 FUSED_TOKENS = 128
 CONVOLUTION_CHANNELS = {torch.float32: math.inf, torch.bfloat16: 256}
 
@@ -212,7 +213,8 @@ def cpu_attention(
     weights = torch.bmm(query, key.transpose(1, 2)).mul_(scaling)
     weights = weights.view(-1, *attention_mask.shape).add_(attention_mask)
     # bfloat16's softmax takes 1.4 times as long with rows of 49; but a graph would keep float32's result for backward.
-    dtype = query.dtype if torch.is_grad_enabled() else torch.promote_types(query.dtype, torch.float32)
+    narrow = torch.is_grad_enabled() or tokens >= FUSED_TOKENS
+    dtype = query.dtype if narrow else torch.promote_types(query.dtype, torch.float32)
     weights = F.softmax(weights, dim=-1, dtype=dtype).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     output = torch.bmm(weights.view(-1, tokens, tokens), value)
@@ -256,7 +258,9 @@ class WindowAttention(nn.Module):
         # Rows for the heads first: its gradient takes a fraction of that of `table[index]`, and the bias comes out
         # contiguous (adding a permuted one to the scores takes ten times as long).
         table = self.relative_position_bias_table.T.contiguous()
-        bias = table.index_select(1, index.flatten()).view(1, self.num_heads, *index.shape)
+        # In float32, as torch's CPU kernel takes 2.5 times as long for bfloat16.
+        wide = table.to(torch.promote_types(table.dtype, torch.float32))
+        bias = wide.index_select(1, index.flatten()).to(table.dtype).view(1, self.num_heads, *index.shape)
         return bias if mask is None else bias + mask[:, None]
 
     def attend_on_cpu(
@@ -274,9 +278,11 @@ class WindowAttention(nn.Module):
         """
         num_windows, count = query.shape[0], windows_at_a_time(query)
         # torch's fused CPU kernel has no gradient for a bias, and what steps in takes up to 2.7 times as long as ours;
-        # without gradients, on windows of 49, the kernel itself takes longer too, in half precision 1.4 times as long.
+        # without gradients, on windows of 49, the kernel itself takes longer too, in half precision 1.4 times as long;
+        # in bfloat16 on windows of 196 still 1.5 times.
         attend = cpu_attention
-        if query.shape[2] >= FUSED_TOKENS and not torch.is_grad_enabled():
+        fused = query.shape[2] >= FUSED_TOKENS and query.dtype != torch.bfloat16
+        if fused and not torch.is_grad_enabled():
             attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
         elif count >= num_windows:
             return attend(self, query, key, value, self.attention_bias(index, mask).to(query.dtype), **kwargs)[0]
