@@ -67,12 +67,14 @@ def relative_position_index(
     for side, table_side in zip(window, table_window, strict=True):
         if side > table_side:
             raise ValueError(f"expected a window of at most {table_window}, the table's own, got {window}")
-    axes = [torch.arange(side, device=device) for side in window]
-    cells = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)  # (rank, window_area)
-    index = torch.zeros((), dtype=torch.long, device=device)
-    for position, side in zip(cells, table_window, strict=True):
-        index = index * (2 * side - 1) + (position[:, None] - position[None, :] + side - 1)
-    return index
+    # The row of an offset is linear in it: each cell's number by the table's strides, once for queries, once for keys.
+    number, middle = torch.zeros((), dtype=torch.long, device=device), 0
+    for side, table_side in zip(window, table_window, strict=True):
+        stride = 2 * table_side - 1
+        number = number[..., None] * stride + torch.arange(side, device=device)
+        middle = middle * stride + table_side - 1
+    number = number.flatten()
+    return (number + middle)[:, None] - number
 
 
 def resize_relative_position_table(
