@@ -1,4 +1,5 @@
-"""What the gradient cache costs: a large batch in chunks beside a plain step of one chunk, in memory and in time.
+"""What the gradient cache costs: a large batch in chunks beside a plain step of one chunk, in memory and in time; and
+what a plain step saves, and costs, that computes the activations of both towers again (float32 only).
 
     python benchmarks/gradient_cache.py
     python benchmarks/gradient_cache.py --batch 512 --chunk 64 --sides 32 --rounds 1
@@ -30,11 +31,11 @@ import torch
 from tqdm import tqdm
 
 from transformers_florence import FlorenceConfig, FlorenceModel, bundled_checkpoint
-from transformers_florence.training.gradient_cache import cached_backward
+from transformers_florence.training.gradient_cache import cached_backward, checkpoint_activations
 from transformers_florence.training.objectives import ContrastiveObjective
 from transformers_florence.training.precision import Bfloat16Forward
 
-PLAIN, CACHED = "plain", "cached"
+PLAIN, RECOMPUTED, CACHED = KINDS = "plain", "recomputed", "cached"  # the first two are of one chunk
 PLAIN_STEPS = 8  # timed in a row in one process; the first one warms up and does not count
 MEMORY_STEPS = 2  # the second finds the allocator as the first left it
 # Bytes from which glibc takes an allocation from the system and gives it back at once; unset, it raises that itself.
@@ -80,8 +81,10 @@ def build(rows: int, side: int, precision: str) -> tuple[ContrastiveObjective, t
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
     """One measurement of this process: `kind` of step, `what` is measured."""
-    (side,), rows = options.sides, options.chunk if options.kind == PLAIN else options.batch
+    (side,), rows = options.sides, options.batch if options.kind == CACHED else options.chunk
     objective, wrapped, inputs, labels = build(rows, side, options.precision)
+    if options.kind == RECOMPUTED:
+        checkpoint_activations(objective.model)
 
     def step(rows: int) -> None:
         some = {name: value[:rows] for name, value in inputs.items()}
@@ -92,7 +95,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     if options.what != "time":
         return {"mib": measure_memory(partial(step, rows), MEMORY_STEPS)}
     clocks = []
-    for _ in range(PLAIN_STEPS if options.kind == PLAIN else 1):
+    for _ in range(1 if options.kind == CACHED else PLAIN_STEPS):
         wall, processor = time.perf_counter(), time.process_time()
         step(rows)
         clocks.append((time.perf_counter() - wall, time.process_time() - processor))
@@ -120,7 +123,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--what", choices=("live", "resident", "time"), help="be one measurement; for this script's use"
     )
-    parser.add_argument("--kind", choices=(PLAIN, CACHED), help="the kind of step of that")
+    parser.add_argument("--kind", choices=KINDS, help="the kind of step of that")
     options = parser.parse_args()
     if min(options.batch, options.chunk, options.rounds, *options.sides) < 1 or options.chunk >= options.batch:
         parser.error("expected positive numbers and a chunk smaller than the batch")
@@ -149,12 +152,13 @@ def main() -> None:
     )
     print(f"| {' | '.join((*columns, 'batch MiB'))} |")
     print("|---" * (len(columns) + 1) + "|")
+    # Layers that are computed again would not see the weights that `Bfloat16Forward` rounds.
+    kinds = [kind for kind in KINDS if kind != RECOMPUTED or options.precision == "float32"]
     for side in options.sides:
         live, resident = (
-            {kind: in_a_process(what, kind, side, options)["mib"] for kind in (PLAIN, CACHED)}
-            for what in ("live", "resident")
+            {kind: in_a_process(what, kind, side, options)["mib"] for kind in kinds} for what in ("live", "resident")
         )
-        clocks: dict[str, list[dict[str, float]]] = {PLAIN: [], CACHED: []}
+        clocks: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
         for _ in tqdm(range(options.rounds), desc=f"{side} pixels", leave=False):
             for kind, found in clocks.items():
                 found.append(in_a_process("time", kind, side, options))
@@ -162,9 +166,9 @@ def main() -> None:
             {kind: statistics.median(clock[name] for clock in found) for kind, found in clocks.items()}
             for name in ("wall", "processor")
         )
-        for kind in (PLAIN, CACHED):
-            rows = options.chunk if kind == PLAIN else options.batch
-            name = f"plain, {rows}" if kind == PLAIN else f"cached, {rows} in chunks of {options.chunk}"
+        for kind in kinds:
+            rows = options.batch if kind == CACHED else options.chunk
+            name = f"{kind}, {rows}" + (f" in chunks of {options.chunk}" if kind == CACHED else "")
             print(
                 f"| {side} | {name} | {live[kind]:.0f} | {live[kind] / live[PLAIN]:.2f} "
                 f"| {resident[kind]:.0f} | {resident[kind] / resident[PLAIN]:.2f} "
