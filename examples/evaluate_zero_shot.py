@@ -93,7 +93,7 @@ def evaluate(evaluation: Evaluation, pictures: ImageSet) -> Result:
     result = evaluation.report("zero_shot", pictures, metrics, templates_used=len(templates))
     if labels.ndim == 1:
         save_beside(
-            result.save(arguments.output),
+            result.file(arguments.output),
             confusion=confusion_figure(confusion_matrix(scores, labels), pictures.names),
             map=map_figure(embeds, labels, pictures.names, seed=arguments.seed),
         )

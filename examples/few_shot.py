@@ -154,13 +154,13 @@ def main(argv: list[str] | None = None) -> list[Result]:
     if metrics:
         task = "few_shot_tuned" if arguments.tune_tower else "few_shot"
         results.append(evaluation.report(task, pictures, metrics))
-        save_beside(results[-1].save(arguments.output), shots=episodes_figure(metrics, arguments))
+        save_beside(results[-1].file(arguments.output), shots=episodes_figure(metrics, arguments))
     if arguments.test_split:
         test = evaluation.read(arguments.test_split)
         metrics = evaluate_by_class(evaluation, pictures, test)
         results.append(evaluation.report("shots_per_class", test, metrics))
         if len(metrics) > 1:  # the classes were large enough for some number of shots
-            save_beside(results[-1].save(arguments.output), shots=by_class_figure(metrics, len(test.names)))
+            save_beside(results[-1].file(arguments.output), shots=by_class_figure(metrics, len(test.names)))
     if not results:
         raise ValueError(f"expected classes of {min(arguments.shots) + arguments.queries} pictures, got smaller ones")
     return results

@@ -300,7 +300,7 @@ def main(argv: list[str] | None = None) -> Result | None:
     kind = FlorenceModel if has_names else FlorenceForImageClassification
     best = kind.from_pretrained(Path(arguments.output) / "best", dtype=torch.float32).eval()
     counts = confusion_matrix(*scorer.classify(best.to(accelerator.device)))
-    save_beside(result.save(arguments.results), confusion=confusion_figure(counts, held_out.names))
+    save_beside(result.file(arguments.results), confusion=confusion_figure(counts, held_out.names))
     return result
 
 

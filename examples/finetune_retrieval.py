@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> Result | None:
     data = name, hash_pictures([picture.file for picture in held_out], [picture.captions for picture in held_out])
     if arguments.evaluate_only:
         result = report_run("retrieval", __file__, argv, arguments, data, start)
-        save_beside(result.save(arguments.results), recall=recall_figure(rank_pairs(*vectors)))
+        save_beside(result.file(arguments.results), recall=recall_figure(rank_pairs(*vectors)))
         return result
     train = read_captions(arguments.data, arguments.train_split or None, images=images)
     batches = Batches(arguments, train, processor, accelerator.process_index, accelerator.num_processes)
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> Result | None:
     best = FlorenceModel.from_pretrained(Path(arguments.output) / "best", dtype=torch.float32).eval()
     after = embed_pairs(best.to(accelerator.device), processor, held_out)
     ranks = rank_pairs(*vectors, ", before") | rank_pairs(*after, ", after")
-    save_beside(result.save(arguments.results), recall=recall_figure(ranks))
+    save_beside(result.file(arguments.results), recall=recall_figure(ranks))
     return result
 
 

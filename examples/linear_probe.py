@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> Result:
     )
     if labels.ndim == 1:
         save_beside(
-            result.save(arguments.output),
+            result.file(arguments.output),
             confusion=confusion_figure(confusion_matrix(scores, labels), test.names),
             map=map_figure(features, labels, test.names, seed=arguments.seed),
         )

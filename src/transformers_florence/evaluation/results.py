@@ -63,11 +63,14 @@ class Result:
             if value is not None and not (is_number and math.isfinite(value)):
                 raise ValueError(f"{name}: expected a finite number or None, got {value!r}")
 
-    def save(self, folder: str | Path) -> Path:
-        """Write JSON under a name of task, model, data and command; a former result of these is replaced."""
+    def file(self, folder: str | Path) -> Path:
+        """Where it is, or would be, in a folder: under a name of task, model, data and command."""
         made_by = hashlib.blake2b(self.command.encode(), digest_size=4).hexdigest()
-        name = "--".join(map(_slug, (self.task, self.model, self.data, made_by)))
-        file = Path(folder) / f"{name}.json"
+        return Path(folder) / f"{'--'.join(map(_slug, (self.task, self.model, self.data, made_by)))}.json"
+
+    def save(self, folder: str | Path) -> Path:
+        """Write JSON to `file`; a former result of the same name is replaced."""
+        file = self.file(folder)
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".partial")
         partial.write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
