@@ -95,13 +95,19 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def parity_file(shared) -> Callable[[str], dict[str, Any]]:
-    """The cases of one file of `../shared/parity`; a test that needs one skips without it."""
+def parity_path(shared) -> Callable[[str], Path]:
+    """Where a file of `../shared/parity` is; a test that needs one skips without it."""
 
-    def load(name: str) -> dict[str, Any]:
+    def find(name: str) -> Path:
         path = shared / "parity" / name
         if not path.is_file():
             pytest.skip(f"needs {name} in `shared/parity`, which lies beside the clone; put it there and run again")
-        return torch.load(path, weights_only=True)
+        return path
 
-    return load
+    return find
+
+
+@pytest.fixture(scope="session")
+def parity_file(parity_path) -> Callable[[str], dict[str, Any]]:
+    """The cases of one file of `../shared/parity`."""
+    return lambda name: torch.load(parity_path(name), weights_only=True)

@@ -221,11 +221,8 @@ def test_transformers_backbone(dtype: torch.dtype, tolerance: float, tmp_path: P
 
 
 @pytest.fixture(scope="session")
-def coswin(shared) -> dict[str, Any]:
-    path = shared / "parity" / "coswin.pt"
-    if not path.is_file():
-        pytest.skip("needs coswin.pt in `shared/parity`, which lies beside the clone; put it there and run again")
-    return read_content(path)
+def coswin(parity_path) -> dict[str, Any]:
+    return read_content(parity_path("coswin.pt"))
 
 
 @pytest.mark.parametrize("case", ["conv_w4_layerscale", "swin_v1_padded"])

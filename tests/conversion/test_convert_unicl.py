@@ -44,11 +44,8 @@ def tokenizer(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
-def parity_file(shared) -> Path:
-    path = shared / "parity" / "unicl.pt"
-    if not path.is_file():
-        pytest.skip("needs unicl.pt in `shared/parity`, which lies beside the clone; put it there and run again")
-    return path
+def unicl_file(parity_path) -> Path:
+    return parity_path("unicl.pt")
 
 
 def checkpoint(unicl: UniCL, layout: str = "release") -> dict[str, Any]:
@@ -137,22 +134,22 @@ def test_the_folder_serves_the_pipeline(unicl: UniCL, tokenizer: str, tmp_path: 
 # ------------------------------------------------------------------------------------------------- UniCL's own tensors
 
 
-def test_every_case_of_the_original_is_matched(parity_file: Path, capsys):
-    found = verify(parity_file)
+def test_every_case_of_the_original_is_matched(unicl_file: Path, capsys):
+    found = verify(unicl_file)
     assert set(found) == {"square_shrunk_last", "nonsquare"}
     for kinds in found.values():
         assert {kind: len(named) for kind, named in kinds.items()} == {"float32": 15, "float64": 2, "gradients": 9}
     assert print_verification(found)
-    convert_unicl.main(["--verify", str(parity_file)])
+    convert_unicl.main(["--verify", str(unicl_file)])
     assert capsys.readouterr().out.count("ok ") == 12
 
 
 @pytest.mark.parametrize("case", ["square_shrunk_last", "nonsquare"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_originals_tensors_convert_from_a_file(
-    case: str, layout: str, parity_file: Path, tmp_path: Path, tokenizer
+    case: str, layout: str, unicl_file: Path, tmp_path: Path, tokenizer
 ):
-    case = read_content(parity_file)[case]
+    case = read_content(unicl_file)[case]
     image, text, image_projection, text_projection = LAYOUTS[layout]
     names = {"image_encoder.": f"{image}.", "text_encoder.": f"{text}."}
     names |= {"image_projection": image_projection, "text_projection": text_projection}
@@ -171,8 +168,8 @@ def test_the_originals_tensors_convert_from_a_file(
     assert not (tmp_path / "out").exists()
 
 
-def test_verification_fails_on_a_difference(parity_file: Path, tmp_path: Path, capsys):
-    content = read_content(parity_file)
+def test_verification_fails_on_a_difference(unicl_file: Path, tmp_path: Path, capsys):
+    content = read_content(unicl_file)
     content["nonsquare"]["outputs64"]["pooled"][0, 0] += 2e-9
     content["square_shrunk_last"]["grads"]["logit_scale"].fill_(float("nan"))
     file = write(tmp_path / "off.pt", content)
